@@ -1,0 +1,281 @@
+"""A bundle: one folder that holds a classifier, what it expects, and the calibration that belongs to it.
+
+`manifest.json` lists every other file with its sha256; `calibration.json` names the sha256 of the model
+and the version of the gradient graph it was made with. Loading checks all of them: nothing serves or
+certifies with parts that do not belong together.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from guard.errors import BundleError
+
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
+CALIBRATION = "calibration.json"
+CARD = "card.md"
+
+SCHEMA_VERSION = 1
+
+ScoreName = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
+NormName = Literal["l2", "linf"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """Base of everything stored: unknown fields and NaN are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+class InputShape(Record):
+    """Shape of one model input, without the batch axis."""
+
+    channels: Annotated[int, Field(ge=1)]
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+
+
+class Preprocessing(Record):
+    """How an upload becomes a model input: colour, then resize, then centre crop to the input's size.
+
+    `resize` is the length in pixels that the shorter side gets before cropping; None resizes straight to
+    the input's height and width, whatever the aspect ratio.
+    """
+
+    colour: Literal["rgb", "grey"] = "rgb"
+    resize: Annotated[int, Field(ge=1)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+
+
+class Manifest(Record):
+    """`manifest.json`: what the bundle is and what lies in it."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    input: InputShape
+    class_names: list[str]
+    preprocessing: Preprocessing = Preprocessing()
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of every other file, by path")
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class Share(Record):
+    """A share measured on n images, with the Clopper-Pearson interval at `level` (one-sided: `upper` only)."""
+
+    count: Annotated[int, Field(ge=0)]
+    n: Annotated[int, Field(ge=1)]
+    value: Probability
+    upper: Probability
+    lower: Probability = 0.0
+    level: Probability = 0.95
+
+
+class PredictedShare(Record):
+    """The interval the conformal rank predicts for a share on m fresh images (beta-binomial)."""
+
+    lower: Probability
+    upper: Probability
+    level: Probability
+    m: Annotated[int, Field(ge=1)]
+
+
+class Agreement(Record):
+    """How often the served decision equals the full Jacobian's on one set of images."""
+
+    images: str
+    n: Annotated[int, Field(ge=1)]
+    agree: Annotated[int, Field(ge=0)]
+
+
+class ScoreThreshold(Record):
+    """One test of a `combined` score: reject when its score exceeds its threshold."""
+
+    name: Literal["jacobian", "radius"]
+    threshold: Annotated[float, Field(ge=0)]
+
+
+class Histogram(Record):
+    """Clean calibration scores, for plotting: `counts[i]` scores lie in [edges[i], edges[i + 1])."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class OmegaRecord(Record):
+    """The fitted modulus of continuity of one norm: `values[bin][i]` belongs to radius `eps[i]`.
+
+    `conditioned_on` names the quantity whose bin edges are `edges` (empty: one bin). An estimate.
+    """
+
+    eps: list[float]
+    edges: list[float] = Field(default_factory=list)
+    values: list[list[float]]
+    conditioned_on: Literal["none", "gradient", "margin", "first-order-radius"] = "none"
+    relative: bool = False
+
+
+class ConformalScale(Record):
+    """Finite-sample scale of a radius: P(some attack of `suite` succeeds inside kappa * radius) <= alpha."""
+
+    alpha: Probability
+    kappa: Annotated[float, Field(ge=0)]
+    n: Annotated[int, Field(ge=1)]
+    suite: list[str]
+
+
+class RadiusCalibration(Record):
+    """What was fitted and measured for the radii of one norm (pixels, [0, 1] scale)."""
+
+    lipschitz: Annotated[float, Field(ge=0)]
+    omega: OmegaRecord
+    violations: Share
+    mean_radius: Annotated[float, Field(ge=0)]
+    mean_distance: Annotated[float, Field(ge=0)]
+    tightness: Annotated[float, Field(ge=0)]
+    attack: dict[str, Any]
+    effort: dict[str, Any]
+    conformal: ConformalScale | None = None
+
+
+class Calibration(Record):
+    """`calibration.json`: the detector's threshold and the radii's tables, for one model file."""
+
+    schema_version: Literal[1] = 1
+    model_sha256: str
+    graph_version: int
+    score: ScoreName
+    guarantee: Literal["marginal", "pac"] = "marginal"
+    delta: Probability | None = None
+    fpr: Probability
+    threshold: Annotated[float, Field(ge=0)]
+    tests: list[ScoreThreshold] = Field(default_factory=list)
+    n: Annotated[int, Field(ge=1)]
+    seed: int
+    data: dict[str, Any]
+    folds: dict[str, int]
+    predicted_fpr: PredictedShare
+    realized_fpr: Share
+    accuracy: Share | None = None
+    row_bound: Annotated[float, Field(ge=0)]
+    agreement: list[Agreement] = Field(default_factory=list)
+    histogram: Histogram
+    l2: RadiusCalibration
+    linf: RadiusCalibration
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def radii(self, norm: NormName) -> RadiusCalibration:
+        """The calibration of one norm."""
+        return self.l2 if norm == "l2" else self.linf
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files were checked against its manifest; `calibration` is None until calibrated."""
+
+    path: Path
+    manifest: Manifest
+    calibration: Calibration | None
+
+    @property
+    def model(self) -> Path:
+        """The classifier's file."""
+        return self.path / MODEL
+
+    @property
+    def digest(self) -> str:
+        """Digest of the classifier, as answers name it."""
+        return f"sha256:{self.manifest.files[MODEL]}"
+
+    def calibrated(self) -> Calibration:
+        """The calibration; raises `BundleError` where there is none."""
+        if self.calibration is None:
+            raise BundleError(
+                f"{self.path}: not calibrated (no {CALIBRATION}). Run: guard calibrate {self.path} --val DATA"
+            )
+        return self.calibration
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder` but the manifest, by relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+
+
+def _parse(kind: type[RecordType], path: Path) -> RecordType:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}). Is this a bundle's folder?") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BundleError(
+            f"{path}: {where}: {first['msg']}. The file is corrupt or of another version of guard; "
+            "make the bundle again."
+        ) from error
+
+
+def load(folder: str | Path, *, graph_version: int | None = None) -> Bundle:
+    """Read and check the bundle in `folder`.
+
+    With `graph_version`, a calibration made with another version of the gradient graph is refused.
+    Raises `BundleError` naming the file and both digests where anything does not match.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise BundleError(
+            f"{path}: no such bundle folder. Give a folder made by `guard export` or `guard wrap`, "
+            "or set GUARD_MODEL."
+        )
+    manifest = _parse(Manifest, path / MANIFEST)
+    if MODEL not in manifest.files:
+        raise BundleError(f"{path / MANIFEST}: lists no {MODEL}; make the bundle again.")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise BundleError(f"{path / MANIFEST}: lists {name!r}, which lies outside the bundle.")
+        found = sha256(file) if file.is_file() else "missing"
+        if found != expected:
+            raise BundleError(
+                f"{file}: does not match the manifest: expected sha256 {expected}, found {found}. "
+                "Restore the file or make the bundle again."
+            )
+    if CALIBRATION not in manifest.files:
+        if (path / CALIBRATION).exists():
+            raise BundleError(
+                f"{path / CALIBRATION}: is not listed in the manifest: expected no file, found sha256 "
+                f"{sha256(path / CALIBRATION)}. Run guard calibrate to make it anew."
+            )
+        return Bundle(path, manifest, None)
+    calibration = _parse(Calibration, path / CALIBRATION)
+    if calibration.model_sha256 != manifest.files[MODEL]:
+        raise BundleError(
+            f"{path / CALIBRATION}: belongs to another model: made for sha256 {calibration.model_sha256}, "
+            f"{MODEL} has {manifest.files[MODEL]}. Run: guard calibrate {path} --val DATA"
+        )
+    if graph_version is not None and calibration.graph_version != graph_version:
+        raise BundleError(
+            f"{path / CALIBRATION}: made with gradient graph version {calibration.graph_version}, this guard "
+            f"builds version {graph_version}. Run: guard calibrate {path} --val DATA"
+        )
+    return Bundle(path, manifest, calibration)
+
+
+def dump(record: Record) -> bytes:
+    """A record as the bytes of its file."""
+    return (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
