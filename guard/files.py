@@ -1,0 +1,199 @@
+"""Files that a crash cannot leave half-written, their digests, and where they came from."""
+
+import ctypes
+import errno
+import hashlib
+import math
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import guard
+
+_PACKAGES = (
+    "bentoml",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxscript",
+    "pillow",
+    "pydantic",
+    "scipy",
+    "torch",
+    "torchvision",
+)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a file beside `path` to write; it becomes `path` when the block ends well.
+
+    The old file stays as it was, whole, until then and whenever the block raises. The name keeps the suffix
+    of `path`, for writers that look at it. Missing parent folders are made.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(target)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(target)
+        _sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
+    """`atomic_path`, opened for writing bytes."""
+    with atomic_path(path) as partial, partial.open("xb") as file:
+        yield file
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a whole file at once: afterwards `path` holds either its old content or `data`."""
+    with atomic_open(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of the text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yields a new folder beside `path` to fill; it takes the place of `path` when the block ends well.
+
+    With `keep` it starts as a copy of the old one. The swap is one system call where the kernel exchanges two
+    names (Linux); elsewhere the old folder is renamed away first and back if the second rename fails. Files
+    that the block wrote are on the disk before the swap.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(target)
+    if keep and target.is_dir():
+        shutil.copytree(target, partial)
+    else:
+        partial.mkdir()
+    try:
+        yield partial
+        for name in partial.rglob("*"):
+            _sync(name)
+        _sync(partial)
+        if target.exists():
+            _exchange(partial, target)
+        else:
+            partial.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def provenance(arguments: Mapping[str, Any], *, seed: int | None = None, **more: Any) -> dict[str, Any]:
+    """What made an artifact: arguments, seed, package versions, the source's commit, and the platform.
+
+    It holds no date, so that the same inputs give the same file. Paths and other values that JSON does not
+    know become text. `more` adds entries, such as the data's digest.
+    """
+    return {
+        "arguments": {name: _plain(value) for name, value in sorted(arguments.items())},
+        "seed": seed,
+        "versions": _versions(),
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **{name: _plain(value) for name, value in more.items()},
+    }
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.partial-{secrets.token_hex(4)}{target.suffix}")
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on Windows
+        return
+    try:
+        with suppress(OSError):  # some network file systems refuse to sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swaps what two names in one folder stand for."""
+    if sys.platform == "linux":
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        at_fdcwd, exchange = -100, 2
+        if rename is not None:
+            if rename(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), exchange) == 0:
+                return
+            code = ctypes.get_errno()
+            if code not in (errno.EINVAL, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), str(second))
+    aside = _beside(second)
+    second.rename(aside)
+    try:
+        first.rename(second)
+    except OSError:
+        aside.rename(second)
+        raise
+    aside.rename(first)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case _:
+            return str(value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"guard": guard.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout (`+` where tracked files differ from it); None where installed."""
+    root = Path(guard.__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    try:
+        commit = _run_git(git, root, "rev-parse", "HEAD").strip()
+        changed = _run_git(git, root, "status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _run_git(git: str, root: Path, *arguments: str) -> str:
+    command = [git, "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout  # noqa: S603
