@@ -1,0 +1,93 @@
+"""What all commands share: their parser's form, the options every one has, and the bundle they work on."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from guard.settings import bundle_path
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
+
+_WIDTH = 80
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows help as it was laid out, 80 columns wide, and says a usage error in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Writes one line and leaves with status 2."""
+        self.exit(2, f"guard: error: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"width": _WIDTH, "max_help_position": 26, **options})
+
+
+def add_command(
+    subparsers: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Adds the command `name`, with `--json` and `--debug`; returns its parser for the command's own options.
+
+    `description` says in a few lines what it does; `example` is one or more command lines. Both are shown as
+    written, so keep their lines below 80 columns.
+    """
+    indented = "\n".join(f"  {line}" for line in example.strip().splitlines())
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, description=description.strip(), epilog=f"example:\n{indented}"
+    )
+    parser.add_argument("--json", action="store_true", help="result on standard output as JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """Adds the optional BUNDLE; read it with `chosen_bundle`."""
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        metavar="BUNDLE",
+        help="bundle folder (default: $GUARD_MODEL, then models/cifar10)",
+    )
+
+
+def chosen_bundle(arguments: argparse.Namespace) -> Path:
+    """The folder of the bundle the command works on."""
+    return bundle_path(arguments.bundle)
+
+
+def add_provider(parser: argparse.ArgumentParser) -> None:
+    """Adds `--provider`."""
+    parser.add_argument(
+        "--provider",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute (default: CUDA where it works, else CPU)",
+    )
+
+
+def emit(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
+    """Writes a command's result to standard output: the record with `--json`, else the text."""
+    if arguments.json:
+        json.dump(record, sys.stdout, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        print(text)
+
+
+def arguments_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command's arguments as provenance stores them, without what does not change the result."""
+    left_out = {"run", "json", "debug", "command"}
+    return {name: value for name, value in vars(arguments).items() if name not in left_out}

@@ -1,0 +1,75 @@
+"""The environment variables an operator sets. No request and no flag of a client changes what they say."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import guard
+from guard.errors import UsageError
+
+SHIPPED_BUNDLE = Path("models") / "cifar10"
+
+
+def bundle_path(given: str | Path | None = None, environment: Mapping[str, str] = os.environ) -> Path:
+    """The bundle to use: what was given, else `$GUARD_MODEL`, else the shipped `models/cifar10`.
+
+    The shipped one is looked for in the working folder, then beside the package's source. The folder is not
+    checked here.
+    """
+    named = given or environment.get("GUARD_MODEL")
+    if named:
+        return Path(named)
+    beside_source = Path(guard.__file__).resolve().parent.parent / SHIPPED_BUNDLE
+    return beside_source if beside_source.is_dir() and not SHIPPED_BUNDLE.is_dir() else SHIPPED_BUNDLE
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an operator demands beyond the calibrated detector.
+
+    `min_radius_l2`, `min_radius_linf`: accept only images whose radius is at least this (pixels, [0, 1]
+    scale); None: off. `expose_scores`: whether answers carry the detector's score and all digits of the
+    radii, which tell an attacker in which direction to go.
+    """
+
+    min_radius_l2: float | None = None
+    min_radius_linf: float | None = None
+    expose_scores: bool = True
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Policy":
+        """`GUARD_MIN_RADIUS_L2`, `GUARD_MIN_RADIUS_LINF`, `GUARD_EXPOSE_SCORES`.
+
+        Raises `UsageError` for a value that means nothing: a misspelt policy must not be one switched off.
+        """
+        return cls(
+            min_radius_l2=_radius(environment, "GUARD_MIN_RADIUS_L2"),
+            min_radius_linf=_radius(environment, "GUARD_MIN_RADIUS_LINF"),
+            expose_scores=_switch(environment, "GUARD_EXPOSE_SCORES", default=True),
+        )
+
+
+def _radius(environment: Mapping[str, str], name: str) -> float | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name} is {text!r}: expected a radius in pixels of the [0, 1] scale, such as 0.1.")
+    return value or None
+
+
+def _switch(environment: Mapping[str, str], name: str, *, default: bool) -> bool:
+    text = environment.get(name, "").strip().lower()
+    if not text:
+        return default
+    if text in {"1", "true", "yes", "on"}:
+        return True
+    if text in {"0", "false", "no", "off"}:
+        return False
+    raise UsageError(f"{name} is {text!r}: expected 0 or 1.")
