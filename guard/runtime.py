@@ -1,0 +1,264 @@
+"""Running guarded graphs in onnxruntime: one pass gives prediction, margins, gradient norms and Jacobian norm.
+
+`Detector.measure` decides as the full Jacobian would: the two rows that can be long come with the forward
+pass; every other row i is at most p_i G long, so only rows with p_i G above the threshold are computed, for
+the images they could still reject.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from guard import guarded
+from guard.autodiff import check_differentiable
+from guard.errors import DataError, ModelError
+from guard.graph import Provider
+from guard.guarded import Loss, Score
+
+log = logging.getLogger(__name__)
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+CHUNK: dict[Provider, int] = {"cpu": 8, "cuda": 64}
+"""Images in one onnxruntime call: bounds memory, and on CPU keeps activations in cache."""
+
+ORT_PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the guarded graph says about a batch of B images; every array runs over the batch.
+
+    `margin` is z_c - z_r of predicted class c and runner-up r, `gradient_l2`, `gradient_l1` the norms of its
+    gradient, `probability_gradient_*` those of the gradient of p_c - p_r, `jacobian` the longest Jacobian row
+    computed (max_i ||∇p_i||_2 where decided alike, LIPGEN 7.1), `rows` the number of rows computed. What the
+    score did not need is NaN. Gradients are per unit of pixel value ([0, 1] scale).
+    """
+
+    logits: Float32
+    probabilities: Float32
+    margin: Float32
+    gradient_l2: Float32
+    gradient_l1: Float32
+    probability_gradient_l2: Float32
+    probability_gradient_l1: Float32
+    jacobian: Float32
+    rows: Int64
+
+    @property
+    def labels(self) -> Int64:
+        """The predicted class of each image, (B,)."""
+        return self.logits.argmax(axis=1)
+
+    @staticmethod
+    def concatenate(parts: list["Measurement"]) -> "Measurement":
+        """One measurement from those of consecutive batches."""
+        return Measurement(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measurement)))
+
+    def __getitem__(self, index: slice | NDArray[np.intp] | NDArray[np.bool_]) -> "Measurement":
+        return Measurement(*(getattr(self, f.name)[index] for f in fields(Measurement)))
+
+    def __len__(self) -> int:
+        return len(self.margin)
+
+
+def score_of(measurement: Measurement, name: Score) -> Float64:
+    """The score (B,) of each image; larger is more suspicious, and NaN must be rejected.
+
+    `jacobian`, `jacobian-full`: ||∇p||_{2,∞}, per unit of pixel value. `radius`: ||∇M||₂ / M, the inverse of
+    the first-order radius (1 / pixels). `margin-gradient`: the gradient norm of the margin between the
+    softmax probabilities of the two top classes alone, tanh(M/2), that is 2σ(M)σ(-M)||∇M||₂, which needs a
+    single row and for two classes equals ||∇(p_c - p_r)||₂. `combined` has no score without its calibration:
+    see `guard.decision`.
+    """
+    margin = measurement.margin.astype(np.float64)
+    gradient = measurement.gradient_l2.astype(np.float64)
+    if name in ("jacobian", "jacobian-full"):
+        return measurement.jacobian.astype(np.float64)
+    if name == "radius":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(margin > 0, gradient / margin, np.where(np.isnan(margin + gradient), np.nan, np.inf))
+    if name == "margin-gradient":
+        return gradient / (1 + np.cosh(np.minimum(margin, 700.0)))
+    raise ValueError(f"score {name!r} is not a function of one measurement")
+
+
+class Detector:
+    """A classifier, its guarded graph and its gradients, in onnxruntime. Safe to call from several threads.
+
+    `provider` "auto" takes CUDA where it truly loads, else CPU, and says so in the log; "cuda" raises
+    `ModelError` where it does not load. `threads` is onnxruntime's intra-op count (0: one per core), `chunk`
+    the largest batch of one onnxruntime call: larger batches are split, so memory stays bounded.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto | str | Path,
+        *,
+        score: Score = "jacobian",
+        provider: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int = 0,
+        chunk: int | None = None,
+    ) -> None:
+        self.model = model if isinstance(model, onnx.ModelProto) else load_model(model)
+        self.score: Score = score
+        self.threads = threads
+        check_differentiable(self.model, guarded.IMAGES, guarded.LOGITS)
+        self.provider: Provider = "cpu" if provider == "cpu" else self._cuda_or_cpu(required=provider == "cuda")
+        self.chunk = CHUNK[self.provider] if chunk is None else chunk
+        if self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; expected at least 1")
+        self._lock = threading.Lock()
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        session = self._guarded()
+        shape = {i.name: i.shape for i in session.get_inputs()}[guarded.IMAGES]
+        self.input_shape: tuple[int, int, int] = (int(shape[1]), int(shape[2]), int(shape[3]))
+        self.num_classes: int = int({o.name: o.shape for o in session.get_outputs()}[guarded.LOGITS][1])
+
+    def measure(
+        self, images: Float32, *, threshold: float | None = None, row_bound: float | None = None
+    ) -> Measurement:
+        """One guarded pass over images (B, C, H, W) in [0, 1].
+
+        With `threshold` t and `row_bound` G (an estimate of max_i ||u_i||, fitted at calibration), rows beyond
+        the first two are computed where p_i G > t could still reject an image; without, two rows stand (all of
+        them with `jacobian-full`).
+        """
+        parts = [self._measure(chunk, threshold, row_bound) for chunk in self._chunks(images)]
+        return Measurement.concatenate(parts)
+
+    def logits(self, images: Float32) -> Float32:
+        """Logits (B, K) of the bare classifier."""
+        session = self._session("forward", lambda: self.model)
+        outputs = [session.run([guarded.LOGITS], {guarded.IMAGES: c})[0] for c in self._chunks(images)]
+        return np.concatenate(outputs)
+
+    def vjp(self, images: Float32, cotangents: Float32) -> Float32:
+        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image."""
+        session = self._session("vjp", lambda: guarded.vjp_model(self.model, provider=self.provider))
+        rows = np.ascontiguousarray(cotangents, np.float32)
+        pieces = zip(self._chunks(images), _split(rows, self.chunk), strict=True)
+        outputs = [
+            session.run(["gradient"], {guarded.IMAGES: c, guarded.COTANGENTS: r})[0] for c, r in pieces
+        ]
+        return np.concatenate(outputs)
+
+    def loss_gradient(
+        self, images: Float32, labels: Int64, loss: Loss = "margin"
+    ) -> tuple[Float32, Float32, Float32]:
+        """Logits (B, K), loss (B,) and its input gradient (B, C, H, W), all from one pass.
+
+        `margin`: max_{i≠y} z_i - z_y, positive once the prediction is no longer y. `cross-entropy`: -log p_y.
+        `probability-margin`: the margin on probabilities.
+        """
+        session = self._session(loss, lambda: guarded.loss_model(self.model, loss, provider=self.provider))
+        names = [guarded.LOGITS, "loss", "gradient"]
+        pieces = zip(self._chunks(images), _split(np.asarray(labels, np.int64), self.chunk), strict=True)
+        outputs = [session.run(names, {guarded.IMAGES: c, guarded.LABELS: y}) for c, y in pieces]
+        logits, losses, gradients = (np.concatenate(column) for column in zip(*outputs, strict=True))
+        return logits, losses, gradients
+
+    def row_norms(self, images: Float32, probabilities: Float32, index: Int64) -> Float32:
+        """Lengths (B,) of one Jacobian row ∇p_i per image, i = index (B,), by vector-Jacobian products."""
+        rows = -probabilities.astype(np.float32)
+        picked = np.arange(len(index)), index
+        rows[picked] += 1
+        gradients = self.vjp(images, rows)
+        lengths = np.linalg.norm(gradients.reshape(len(index), -1), axis=1)
+        return (lengths * probabilities[picked]).astype(np.float32)
+
+    def _measure(self, images: Float32, threshold: float | None, row_bound: float | None) -> Measurement:
+        session = self._guarded()
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, {guarded.IMAGES: images}), strict=True))
+        missing = np.full(len(images), np.nan, np.float32)
+        values = {f.name: found.get(f.name, missing) for f in fields(Measurement) if f.name != "rows"}
+        one_row, unrolled = self.score == "margin-gradient", self.num_classes <= guarded.UNROLLED_CLASSES
+        every_row = self.score == "jacobian-full" and not unrolled
+        rows = 1 if one_row else self.num_classes if self.score == "jacobian-full" and unrolled else 2
+        measured = Measurement(**values, rows=np.full(len(images), rows, np.int64))
+        if every_row:
+            return self._with_rows(images, measured, np.ones_like(measured.logits, bool))
+        if one_row or threshold is None or row_bound is None:
+            return measured
+        undecided = measured.jacobian <= threshold
+        reachable = measured.probabilities.astype(np.float64) * row_bound > threshold
+        return self._with_rows(images, measured, reachable & undecided[:, None])
+
+    def _with_rows(self, images: Float32, measured: Measurement, wanted: NDArray[np.bool_]) -> Measurement:
+        known = np.argpartition(-measured.logits, 1, axis=1)[:, :2]
+        np.put_along_axis(wanted, known, False, axis=1)
+        image, row = np.nonzero(wanted)
+        if not len(image):
+            return measured
+        jacobian = measured.jacobian.copy()
+        for at in _split(np.arange(len(image)), self.chunk):
+            lengths = self.row_norms(images[image[at]], measured.probabilities[image[at]], row[at])
+            np.maximum.at(jacobian, image[at], lengths)
+        values = {f.name: getattr(measured, f.name) for f in fields(Measurement)}
+        return Measurement(**values | {"jacobian": jacobian, "rows": measured.rows + wanted.sum(axis=1)})
+
+    def _guarded(self) -> ort.InferenceSession:
+        return self._session(
+            "guarded", lambda: guarded.guarded_model(self.model, self.score, provider=self.provider)
+        )
+
+    def _session(self, key: str, make: Callable[[], onnx.ModelProto]) -> ort.InferenceSession:
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = session_of(make(), provider=self.provider, threads=self.threads)
+            return self._sessions[key]
+
+    def _chunks(self, images: Float32) -> Iterator[Float32]:
+        expected = getattr(self, "input_shape", images.shape[1:])
+        if images.ndim != 4 or images.shape[1:] != expected or not len(images):
+            raise DataError(
+                f"images have shape {images.shape}; expected (B, {', '.join(map(str, expected))}) with B >= 1"
+            )
+        return _split(np.ascontiguousarray(images, np.float32), self.chunk)
+
+    def _cuda_or_cpu(self, *, required: bool) -> Provider:
+        if ORT_PROVIDERS["cuda"] in ort.get_available_providers():
+            session = session_of(self.model, provider="cuda", threads=self.threads)
+            if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:
+                log.info("running on CUDA")
+                return "cuda"
+            reason = "onnxruntime has a CUDA provider, but it does not load here"
+        else:
+            reason = "this onnxruntime has no CUDA provider"
+        if required:
+            raise ModelError(f"provider cuda: {reason}. Install onnxruntime-gpu with its CUDA and cuDNN, or use cpu.")
+        log.info("running on CPU: %s", reason)
+        return "cpu"
+
+
+def load_model(path: str | Path) -> onnx.ModelProto:
+    """An ONNX model from its file; raises `ModelError` where it is not one."""
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf and OS errors alike: whatever keeps the file from being read
+        raise ModelError(f"{path}: not a readable ONNX model ({error})") from error
+
+
+def session_of(model: onnx.ModelProto, *, provider: Provider = "cpu", threads: int = 0) -> ort.InferenceSession:
+    """An onnxruntime session. Worker threads do not spin, so idle sessions leave the cores to the others."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = [ORT_PROVIDERS["cpu"]] if provider == "cpu" else [ORT_PROVIDERS["cuda"], ORT_PROVIDERS["cpu"]]
+    return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+
+def _split(array: NDArray[np.generic], size: int) -> Iterator[NDArray[np.generic]]:
+    return (array[start : start + size] for start in range(0, len(array), size))

@@ -1,0 +1,144 @@
+import threading
+
+import numpy as np
+import onnx
+import pytest
+from guard.errors import DataError, ModelError, UnsupportedOperatorError
+from guard.guarded import Score
+from guard.runtime import Detector, Measurement, score_of
+from onnx import helper
+from tests.networks import convolutional, images, linear, model
+
+
+@pytest.fixture(scope="module")
+def network() -> onnx.ModelProto:
+    return convolutional(seed=2, scale=1.5)
+
+
+@pytest.fixture(scope="module")
+def detector(network: onnx.ModelProto) -> Detector:
+    return Detector(network, threads=1)
+
+
+def test_shape_and_classes_are_read_from_the_model(detector: Detector) -> None:
+    assert detector.input_shape == (3, 8, 8)
+    assert detector.num_classes == 10
+    assert detector.provider == "cpu"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_chunks_do_not_change_results(network: onnx.ModelProto, detector: Detector, count: int) -> None:
+    whole = detector.measure(images(count))
+    chunked = Detector(network, threads=1, chunk=2).measure(images(count))
+    np.testing.assert_allclose(chunked.logits, whole.logits, rtol=1e-5)
+    np.testing.assert_allclose(chunked.jacobian, whole.jacobian, rtol=1e-4)
+    assert len(chunked) == count
+
+
+def test_two_rows_then_those_that_matter_decide_as_all_rows(network: onnx.ModelProto, detector: Detector) -> None:
+    x = images(200)
+    every = Detector(network, score="jacobian-full", threads=1).measure(x)
+    two = detector.measure(x)
+    lengths = every.jacobian / every.probabilities.max(axis=1)
+    bound = 10 * float(lengths.max())
+    differing = every.jacobian > two.jacobian * (1 + 1e-4)
+    assert differing.any(), "the network must have images whose longest row is a third one"
+    for threshold in np.quantile(every.jacobian, [0.1, 0.5, 0.9]):
+        lazy = detector.measure(x, threshold=float(threshold), row_bound=bound)
+        np.testing.assert_array_equal(lazy.jacobian > threshold, every.jacobian > threshold)
+        assert (lazy.rows >= 2).all()
+        assert (lazy.rows[two.jacobian > threshold] == 2).all(), "a rejected image needs no further row"
+
+
+def test_all_rows_of_many_classes_are_computed_in_turn() -> None:
+    many = convolutional(seed=3, classes=40, scale=1.5)
+    full = Detector(many, score="jacobian-full", threads=1).measure(images(4))
+    assert (full.rows == 40).all()
+    d = Detector(many, threads=1)
+    lengths = [d.row_norms(images(4), full.probabilities, np.full(4, i)) for i in range(40)]
+    np.testing.assert_allclose(full.jacobian, np.max(lengths, axis=0), rtol=1e-4)
+
+
+def test_one_row_leaves_out_what_it_does_not_compute(network: onnx.ModelProto, detector: Detector) -> None:
+    one = Detector(network, score="margin-gradient", threads=1).measure(images(3))
+    two = detector.measure(images(3))
+    assert np.isnan(one.jacobian).all()
+    assert (one.rows == 1).all()
+    np.testing.assert_allclose(one.gradient_l2, two.gradient_l2, rtol=1e-4)
+
+
+def test_margin_gradient_equals_the_probability_gradient_for_two_classes() -> None:
+    two = convolutional(seed=4, classes=2)
+    measured = Detector(two, threads=1).measure(images(6))
+    np.testing.assert_allclose(
+        score_of(measured, "margin-gradient"), measured.probability_gradient_l2, rtol=1e-3, atol=1e-7
+    )
+
+
+def test_radius_score_is_the_inverse_distance_of_a_linear_model() -> None:
+    weight = np.array([[3, 0, 0, 0], [0, 4, 0, 0]], np.float32)
+    x = np.array([1.0, 0.25, 0, 0], np.float32).reshape(1, 1, 2, 2)
+    measured = Detector(linear(weight), threads=1).measure(x)
+    distance = (3 * 1.0 - 4 * 0.25) / 5
+    assert score_of(measured, "radius") == pytest.approx(1 / distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "radius", "margin-gradient"])
+def test_scores_of_nan_images_are_nan(detector: Detector, name: Score) -> None:
+    score = score_of(detector.measure(np.full((1, 3, 8, 8), np.nan, np.float32)), name)
+    assert not (score <= 1e300).any()
+
+
+def test_a_tie_has_an_infinite_radius_score() -> None:
+    tie = Detector(linear(np.array([[1, 0, 0, 0], [0, 1, 0, 0]], np.float32)), threads=1)
+    assert score_of(tie.measure(np.full((1, 1, 2, 2), 0.5, np.float32)), "radius") == np.inf
+
+
+def test_loss_gradient_ascends(detector: Detector) -> None:
+    x = images(4)
+    labels = detector.logits(x).argmax(axis=1)
+    _, before, gradient = detector.loss_gradient(x, labels)
+    step = 1e-3 * gradient / np.linalg.norm(gradient.reshape(4, -1), axis=1).reshape(-1, 1, 1, 1)
+    _, after, _ = detector.loss_gradient(x + step, labels)
+    assert (after > before).all()
+    assert (before <= 0).all()
+
+
+def test_wrong_shapes_are_named(detector: Detector) -> None:
+    with pytest.raises(DataError, match=r"expected \(B, 3, 8, 8\)"):
+        detector.measure(np.zeros((1, 3, 9, 8), np.float32))
+    with pytest.raises(DataError, match="B >= 1"):
+        detector.measure(np.zeros((0, 3, 8, 8), np.float32))
+
+
+def test_threads_share_a_detector(detector: Detector) -> None:
+    expected = detector.measure(images(16)).jacobian
+    found: list[Measurement] = []
+    workers = [threading.Thread(target=lambda: found.append(detector.measure(images(16)))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4
+    for measured in found:
+        np.testing.assert_allclose(measured.jacobian, expected, rtol=1e-5)
+
+
+def test_cuda_that_does_not_load_is_an_error_and_auto_falls_back_aloud(
+    network: onnx.ModelProto, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        provider = Detector(network, provider="cuda", threads=1).provider
+    except ModelError as error:
+        assert "onnxruntime-gpu" in str(error)
+        with caplog.at_level("INFO"):
+            assert Detector(network, provider="auto", threads=1).provider == "cpu"
+        assert "running on CPU" in caplog.text
+    else:
+        assert provider == "cuda"
+
+
+def test_unsupported_operators_are_refused_at_once() -> None:
+    determinant = model([helper.make_node("Det", ["images"], ["logits"])], {}, (3, 2, 2), 3)
+    with pytest.raises(UnsupportedOperatorError, match="Det"):
+        Detector(determinant)
