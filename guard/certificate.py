@@ -1,0 +1,160 @@
+"""Radii within which the prediction should not change, from one margin and the norm of its gradient.
+
+With logits z, predicted class c and runner-up r, M(x) = z_c - z_r >= 0 is the margin and l = -M the loss that
+an attacker raises to 0 (SCALE's modified Carlini-Wagner loss, here on logits, with c held fixed). For a
+perturbation v with ||v||_q <= eps, and g = ||grad M(x)||_{q*} in the dual norm (l2 for l2, l1 for linf),
+
+    l(x + v) <= l(x) + eps g + omega(eps),   omega(eps) = sup l(x + v) - l(x) - <v, grad l(x)>
+
+so no perturbation up to eps changes the prediction while eps g + omega(eps) <= M (SCALE, Prop. 2.2):
+
+    omega-bound          the largest such eps
+    L-bound              M / L,  L >= sup g            (Lipschitz constant instead of local gradient)
+    first-order radius   rho = M / g                   (omega left out: LIPGEN 3.7; no bound at all)
+
+omega and L are fitted to held-out images (`guard.calibration`), so what is served is an **estimate**; the
+share of held-out images for which an attack still succeeds inside the radius is measured and served beside
+it.
+
+omega grows with the image's own scale, so it may be tabulated relative to it: eps in units of rho, omega in
+units of M. Then eps g + omega(eps) <= M reads t + omega(t) <= 1 with t = eps / rho. A table may have several
+rows, one per bin of a quantity known for every image (its gradient norm, margin or first-order radius).
+
+Radii are in pixels of the model's input, [0, 1] scale, in l2 or linf. numpy only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from guard.errors import CalibrationError
+
+Kind = Literal["estimate", "conformal", "probabilistic", "sound"]
+"""What a radius rests on. `estimate`: a fit to data. `conformal`: a finite-sample promise against a named
+attack suite. `probabilistic`: randomized smoothing, with its alpha. `sound`: a proof. Only the last two
+certify."""
+
+Conditioning = Literal["none", "gradient", "margin", "first-order-radius"]
+
+STRENGTH: dict[Kind, int] = {"estimate": 0, "conformal": 1, "probabilistic": 2, "sound": 3}
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Radius:
+    """One stated radius of one image, with what it rests on.
+
+    `violation_rate` is the measured share of held-out images attacked successfully inside such a radius and
+    `violation_upper` its 95% Clopper-Pearson bound; `alpha` belongs to conformal and probabilistic radii.
+    """
+
+    radius: float
+    kind: Kind
+    method: str
+    violation_rate: float | None = None
+    violation_upper: float | None = None
+    alpha: float | None = None
+
+
+def strongest_first(radii: list[Radius]) -> list[Radius]:
+    """Radii by kind, the strongest first; within a kind in the order given."""
+    return sorted(radii, key=lambda radius: -STRENGTH[radius.kind])
+
+
+@dataclass(frozen=True)
+class OmegaTable:
+    """A fitted modulus of continuity for one norm: estimate.
+
+    `values[b, i]` (bins, E) is omega at `eps[i]` (E,) for images of bin b; both grow along eps. Bin b holds
+    images whose `conditioned_on` quantity lies in [edges[b - 1], edges[b]). `reach[b]` is the largest radius
+    in pixels that was examined in bin b: nothing is stated beyond. With `relative`, eps are in units of the
+    first-order radius and values in units of the margin.
+    """
+
+    eps: Floats
+    values: Floats
+    reach: Floats
+    edges: Floats
+    conditioned_on: Conditioning = "none"
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        bins = len(self.edges) + 1
+        if self.values.shape != (bins, len(self.eps)) or self.reach.shape != (bins,) or not len(self.eps):
+            raise CalibrationError(
+                f"omega table: values {self.values.shape} and reach {self.reach.shape} do not fit {bins} bins "
+                f"of {len(self.eps)} eps. Calibrate again."
+            )
+        parts = (self.eps, self.values, self.reach, self.edges)
+        if not all(np.isfinite(part).all() for part in parts) or min(self.values.min(), self.reach.min()) < 0:
+            raise CalibrationError("omega table: expected finite, non-negative numbers. Calibrate again.")
+        if self.eps[0] <= 0 or any((np.diff(part) < 0).any() for part in (self.eps, self.values, self.edges)):
+            raise CalibrationError("omega table: eps, values and edges must not fall. Calibrate again.")
+
+    def bins(self, margin: Floats, gradient_norm: Floats) -> NDArray[np.intp]:
+        """The bin of each image, (B,)."""
+        known = {
+            "none": np.zeros_like(margin),
+            "gradient": gradient_norm,
+            "margin": margin,
+            "first-order-radius": first_order_radius(margin, gradient_norm),
+        }
+        return np.searchsorted(self.edges, known[self.conditioned_on], side="right")
+
+
+def runner_up_margin(values: ArrayLike) -> Floats:
+    """Largest minus second largest of each row (B, K) -> (B,): the margin of logits or of probabilities."""
+    rows = np.asarray(values, dtype=np.float64)
+    top = np.partition(rows, rows.shape[1] - 2, axis=1)[:, -2:]
+    return np.asarray(top[:, 1] - top[:, 0], dtype=np.float64)
+
+
+def first_order_radius(margin: ArrayLike, gradient_norm: ArrayLike) -> Floats:
+    """M / ||grad M||_{q*}, (B,): where the linearized margin vanishes. An ablation (LIPGEN 3.7), no bound.
+
+    0 at margin 0 and where anything is NaN; inf at a positive margin with gradient 0.
+    """
+    m, g = np.asarray(margin, dtype=np.float64), np.asarray(gradient_norm, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((m > 0) & (g >= 0), m / g, 0.0)
+
+
+def l_bound(margin: ArrayLike, lipschitz: float) -> Floats:
+    """M / L_q, (B,) (SCALE Prop. 2.2). An estimate as L is fitted; 0 where the margin is NaN or L is 0."""
+    m = np.asarray(margin, dtype=np.float64)
+    return np.where((m > 0) & (lipschitz > 0), m / (lipschitz or 1.0), 0.0)
+
+
+def omega_radius(margin: ArrayLike, gradient_norm: ArrayLike, table: OmegaTable) -> Floats:
+    """The omega-bound, (B,): the largest eps with eps ||grad M||_{q*} + omega(eps) <= M, rounded down.
+
+    Between two grid points omega is taken at the upper one, and nothing is stated beyond the grid's end or
+    the table's reach. Never grows when the margin falls or the gradient grows, within a bin. 0 where the
+    margin or the gradient is NaN, infinite or not positive. Status: estimate.
+    """
+    m, g = (
+        np.atleast_1d(np.asarray(margin, dtype=np.float64)),
+        np.atleast_1d(np.asarray(gradient_norm, np.float64)),
+    )
+    usable = np.isfinite(m) & np.isfinite(g) & (m > 0) & (g >= 0)
+    m, g = np.where(usable, m, 0.0), np.where(usable, g, 1.0)
+    bins = table.bins(m, g)
+    # Relative tables are solved for margin 1 and gradient 1, and scaled back by the first-order radius.
+    height, slope = (np.ones_like(m), np.ones_like(g)) if table.relative else (m, g)
+    with np.errstate(divide="ignore"):
+        crossing = (height[:, None] - table.values[bins]) / slope[:, None]  # inf where the slope is 0
+    crossing = np.where(np.isnan(crossing), 0.0, crossing)
+    below = np.concatenate([[0.0], table.eps[:-1]])
+    # In the cell (below, eps] the condition holds up to min(eps, crossing), and nowhere if that is not above
+    # `below`.
+    cells = np.where(crossing > below, np.minimum(crossing, table.eps), 0.0)
+    radius = cells.max(axis=1)
+    if table.relative:
+        scale = first_order_radius(m, g)
+        radius = np.where(
+            np.isinf(scale), np.where(radius > 0, np.inf, 0.0), radius * np.where(usable, scale, 0.0)
+        )
+    return np.asarray(np.where(usable, np.minimum(radius, table.reach[bins]), 0.0), dtype=np.float64)
