@@ -1,0 +1,26 @@
+"""Differentiation rules by family; importing the package registers them all."""
+
+from guard.operators import (
+    convolution,
+    elementwise,
+    linear,
+    normalization,
+    pooling,
+    reduction,
+    shape,
+)
+from guard.operators.registry import passes_gradient, rule, rule_for, supported_operators
+
+__all__ = [
+    "convolution",
+    "elementwise",
+    "linear",
+    "normalization",
+    "passes_gradient",
+    "pooling",
+    "reduction",
+    "rule",
+    "rule_for",
+    "shape",
+    "supported_operators",
+]

@@ -1,0 +1,72 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from onnx import NodeProto
+
+from guard.graph import Graph, attributes
+from guard.operators.broadcast import reshape_to, sum_to
+from guard.operators.registry import Cotangents, only_first, rule
+
+
+@rule("Gemm")
+def gemm(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
+    """For Y = alpha A' B' + beta C, where A', B' may be transposed."""
+    cotangent = only_first(node, cotangents)
+    given = attributes(node)
+    alpha, beta = given.get("alpha", 1.0), given.get("beta", 1.0)
+    trans_a, trans_b = given.get("transA", 0), given.get("transB", 0)
+    a, b, *rest = node.input
+    result: Cotangents = [None] * len(node.input)
+    if graph.needs(a):
+        if trans_a:
+            result[0] = graph.op("Gemm", b, cotangent, transA=trans_b, transB=1, alpha=alpha)
+        else:
+            result[0] = graph.op("Gemm", cotangent, b, transB=1 - trans_b, alpha=alpha)
+    if graph.needs(b):
+        if trans_b:
+            result[1] = graph.op("Gemm", cotangent, a, transA=1, transB=trans_a, alpha=alpha)
+        else:
+            result[1] = graph.op("Gemm", a, cotangent, transA=1 - trans_a, alpha=alpha)
+    if rest and graph.needs(rest[0]):
+        scaled = cotangent if beta == 1 else (graph.tensor(cotangent) * beta).name
+        result[2] = sum_to(graph, scaled, node.output[0], rest[0])
+    return result
+
+
+@rule("MatMul")
+def matmul(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
+    """Cotangents dY B^T and A^T dY, summed over broadcast axes; a vector counts as a row or column."""
+    cotangent = only_first(node, cotangents)
+    a, b = node.input
+    shape_a, shape_b = graph.shape(a), graph.shape(b)
+    matrix_a = shape_a if len(shape_a) > 1 else (1, *shape_a)
+    matrix_b = shape_b if len(shape_b) > 1 else (*shape_b, 1)
+    lead = len(graph.shape(node.output[0])) - min(len(shape_a), 2) - min(len(shape_b), 2) + 2
+    batch = graph.shape(node.output[0])[:lead]
+    if len(shape_b) == 1:
+        cotangent = graph.op("Unsqueeze", cotangent, graph.constant([-1]))
+    if len(shape_a) == 1:
+        cotangent = graph.op("Unsqueeze", cotangent, graph.constant([-2]))
+    result: Cotangents = [None, None]
+    if graph.needs(a):
+        product = graph.op("MatMul", cotangent, transposed(graph, b, column=True))
+        summed = sum_to(graph, product, (*batch, *matrix_a[-2:]), matrix_a)
+        result[0] = summed if len(shape_a) > 1 else reshape_to(graph, summed, a)
+    if graph.needs(b):
+        product = graph.op("MatMul", transposed(graph, a, column=False), cotangent)
+        summed = sum_to(graph, product, (*batch, *matrix_b[-2:]), matrix_b)
+        result[1] = summed if len(shape_b) > 1 else reshape_to(graph, summed, b)
+    return result
+
+
+def transposed(graph: Graph, name: str, *, column: bool) -> str:
+    """Swaps the last two axes; a vector counts as a column or as a row."""
+    rank = graph.rank(name)
+    if rank == 1:
+        return graph.op("Unsqueeze", name, graph.constant([0 if column else 1]))
+    value = graph.value(name)
+    if value is not None:
+        return graph.once(("transposed", name), lambda: graph.constant(value.swapaxes(-1, -2)))
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    return graph.once(("transposed", name), lambda: graph.op("Transpose", name, perm=order))
