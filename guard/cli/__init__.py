@@ -84,6 +84,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of the command among the words; of the others only names and summaries."""
     parser = Parser(
         prog="guard",
+        usage="guard [-h] [--version] COMMAND ...",
         description="Image classifiers that say when not to trust them.\n\ncommands:\n"
         + "\n".join(f"  {name:10s} {summary}" for name, summary in COMMANDS.items()),
         epilog=_EPILOG,
