@@ -362,7 +362,7 @@ def table_of(record: OmegaRecord) -> OmegaTable:
 
 def ratio(scores: Float64, threshold: float) -> Float64:
     """Scores (B,) in units of their threshold: at most 1 exactly where `score <= threshold`; NaN stays."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.where(scores > 0, scores / threshold, 0.0)
     quotient = np.where(
         scores <= threshold, np.minimum(quotient, 1.0), np.maximum(quotient, np.nextafter(1, 2))
