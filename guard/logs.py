@@ -1,0 +1,37 @@
+"""One JSON object per log line, for machines to read."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time, level, logger, message, then the record's `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; whatever JSON cannot say becomes its text."""
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Every handler of the root, of BentoML and of the server writes JSON; guard's own lines are shown."""
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(logging.StreamHandler())
+    handlers = [*root.handlers]
+    for name in ("bentoml", "uvicorn.error", "circus"):
+        handlers += logging.getLogger(name).handlers
+    for handler in handlers:
+        handler.setFormatter(JsonFormatter())
+    logging.getLogger("guard").setLevel(level)
+    # Warns of every malformed form: a client must not be able to fill the log.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
