@@ -132,7 +132,8 @@ function begin() {
 async function classify(picture, caption, ticket = begin()) {
   preview(picture, caption);
   const form = new FormData();
-  form.append("image", picture, picture.name ?? "image");
+  // Without its type, which browsers guess from the file's name: the server looks at the content.
+  form.append("image", new Blob([picture]), "image");
   try {
     const response = await fetch("classify", { method: "POST", body: form, signal: pending.signal });
     if (!response.ok) throw await problemOf(response);
@@ -150,14 +151,20 @@ function preview(picture, caption) {
     image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) <= 96);
     image.hidden = false;
     byId("invite").hidden = true;
+    byId("drop").classList.add("filled");
+    const { height, width } = model?.manifest.input ?? {};
+    if (width && (image.naturalWidth !== width || image.naturalHeight !== height)) {
+      byId("caption").textContent =
+        `${caption}, ${image.naturalWidth} × ${image.naturalHeight} pixels; the model sees it at ${width} × ${height}`;
+    }
   };
   image.onerror = () => {
     image.hidden = true;
     byId("invite").hidden = false;
+    byId("drop").classList.remove("filled");
   };
   image.src = URL.createObjectURL(picture);
   image.alt = caption;
-  byId("drop").classList.add("filled");
   byId("caption").textContent = caption;
 }
 
@@ -187,7 +194,7 @@ function show(answer) {
   byId("verdict-title").textContent = answer.accepted ? "Accepted" : "Rejected";
   byId("verdict-text").textContent = answer.accepted
     ? "Nothing unusual. That does not mean the class is right."
-    : answer.reasons.map((reason) => REASONS[reason] ?? reason).join(" ");
+    : `${answer.reasons.map((reason) => REASONS[reason] ?? reason).join(" ")} About ${short(fpr)} of clean images are rejected too.`;
 
   byId("class-name").textContent = answer.class_name;
   byId("probability").textContent = percent(answer.probability);
@@ -210,10 +217,12 @@ function show(answer) {
   plot();
 
   byId("radii").replaceChildren(
-    radius("l2", "of the whole image", answer.certificate.l2, answer.accepted),
-    radius("l∞", "of every pixel", answer.certificate.linf, answer.accepted),
+    radius("l2", "Up to this total change", answer.certificate.l2, answer.accepted),
+    radius("l∞", "Up to this change of every pixel", answer.certificate.linf, answer.accepted),
   );
   byId("json").textContent = JSON.stringify(answer, null, 2);
+  // On a narrow screen the answer lies below the samples.
+  if (byId("verdict").getBoundingClientRect().bottom > window.innerHeight) byId("answer").scrollIntoView();
 }
 
 function topClass({ class_name, probability }) {
@@ -230,7 +239,7 @@ function topClass({ class_name, probability }) {
 function sentence({ kind, violation_rate, violation_upper, alpha }) {
   if (kind === "estimate") {
     const broken = violation_rate === undefined ? "" :
-      ` On held-out images, attacks got inside for ${short(violation_rate)} (at most ${short(violation_upper)}).`;
+      ` Attacks broke ${short(violation_rate)} of such radii on held-out images (at most ${short(violation_upper)}, 95% confidence).`;
     return `Estimated from data, not certified.${broken}`;
   }
   if (kind === "conformal") {
@@ -257,7 +266,7 @@ function radius(norm, what, entry, accepted) {
     box.append(element("p", {}, "A rejected image carries no radius."));
     return box;
   }
-  box.append(element("p", {}, `Largest change ${what}. ${sentence(entry)}`));
+  box.append(element("p", {}, `${what}, the answer should hold. ${sentence(entry)}`));
   for (const other of entry.others) {
     box.append(element("p", {}, `Also ${amount(other, norm).join("")}, ${other.kind}: ${sentence(other)}`));
   }
