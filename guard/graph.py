@@ -33,6 +33,19 @@ PROBE_BATCHES = (2, 3)
 SHAPE_READERS = frozenset({"Shape", "Size"})
 SMALL = 1024  # elements; larger constants are not copied into models that only serve inference or probing
 
+# Operators that ONNX defines by simpler ones, and which are differentiated through that definition.
+EXPANDED = frozenset(
+    {
+        "AffineGrid",
+        "Attention",
+        "CenterCropPad",
+        "LinearAttention",
+        "MeanVarianceNormalization",
+        "RotaryEmbedding",
+        "SwiGLU",
+    }
+)
+
 _BOOLEAN = frozenset(
     {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
 )
@@ -248,6 +261,19 @@ class Graph:
             )
         return value
 
+    def evaluate(self, op_type: str, inputs: Sequence[Array | None], given: Mapping[str, Any]) -> Array:
+        """The first output of one operator, run in onnxruntime on constants: what linear operators do to
+        unit vectors is measured, not modelled.
+        """
+        names = ["" if x is None else f"x{i}" for i, x in enumerate(inputs)]
+        node = helper.make_node(op_type, names, ["y"], **given)
+        values = [numpy_helper.from_array(x, n) for x, n in zip(inputs, names, strict=True) if x is not None]
+        graph = helper.make_graph([node], op_type, [], [onnx.ValueInfoProto(name="y")], values)
+        opset = helper.make_opsetid("", self.opset)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=self._model.ir_version)
+        (result,) = _session(model).run(None, {})
+        return np.asarray(result)
+
     def dtype(self, name: str) -> np.dtype[Any]:
         """The element type of a tensor (float32 where an operator unknown to onnx hides it)."""
         if name in self._initializers:
@@ -360,13 +386,8 @@ class Graph:
                 fetches[name] = name
         values = [onnx.ValueInfoProto(name=fetch) for fetch in fetches.values()]
         model, weights = self._assembled(nodes, values, large_as_inputs=True)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
         try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            session = _session(model)
             results = [session.run(list(fetches.values()), self._example(b) | weights) for b in PROBE_BATCHES]
         except ModelError:
             raise
@@ -470,6 +491,10 @@ class Tensor:
         """The operator with this tensor as first input."""
         return Tensor(self.graph, self.graph.op(op_type, self.name, *others, **attributes))
 
+    def where(self, true: Tensor, false: Tensor) -> Tensor:
+        """`true` where this Boolean tensor holds, else `false`."""
+        return self.apply("Where", true.name, false.name)
+
     def like(self, other: str) -> Tensor:
         """Cast to the element type of another tensor (a Boolean becomes 0 or 1)."""
         return self.apply("Cast", to=helper.np_dtype_to_tensor_dtype(self.graph.dtype(other)))
@@ -510,6 +535,17 @@ def reads(node: NodeProto) -> set[str]:
     return names
 
 
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session that keeps every node as it is, and that has no threads left spinning."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without local functions, at opset 17 or above."""
     copy = onnx.ModelProto()
@@ -523,6 +559,11 @@ def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         if copy.functions:
             copy = onnx.inliner.inline_local_functions(copy)
+        if any(node.op_type in EXPANDED and not node.domain for node in copy.graph.node):
+            names = {node.op_type for node in copy.graph.node if node.op_type in EXPANDED}
+            copy = onnx.inliner.inline_selected_functions(
+                copy, [("", name) for name in sorted(names)], inline_schema_functions=True
+            )
         if versions[0] < OPSET_FLOOR:
             copy = onnx.version_converter.convert_version(copy, OPSET_FLOOR)
     except Exception as error:  # the converter raises bare RuntimeErrors

@@ -7,6 +7,7 @@ from guard.operators import (
     normalization,
     pooling,
     reduction,
+    resampling,
     shape,
 )
 from guard.operators.registry import passes_gradient, rule, rule_for, supported_operators
@@ -19,6 +20,7 @@ __all__ = [
     "passes_gradient",
     "pooling",
     "reduction",
+    "resampling",
     "rule",
     "rule_for",
     "shape",

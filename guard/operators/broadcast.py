@@ -53,3 +53,10 @@ def axes_of(graph: Graph, node: NodeProto, rank: int) -> list[int] | None:
         values = graph.optional_constant(node, 1)
         axes = None if values is None else values.reshape(-1).tolist()
     return None if axes is None else sorted(int(axis) % rank for axis in axes)
+
+
+def zeros_like(graph: Graph, name: str) -> str:
+    """Zeros in the shape and type of a tensor, made once."""
+    return graph.once(
+        ("zeros", name), lambda: graph.op("ConstantOfShape", graph.op("Shape", name), value=graph.zero(name))
+    )

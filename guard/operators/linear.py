@@ -1,10 +1,11 @@
-"""Matrix products."""
+"""Matrix products and their generalizations."""
 
 from __future__ import annotations
 
 from onnx import NodeProto
 
-from guard.graph import Graph, attributes
+from guard.errors import ModelError
+from guard.graph import Array, Graph, attributes, describe
 from guard.operators.broadcast import reshape_to, sum_to
 from guard.operators.registry import Cotangents, only_first, rule
 
@@ -70,3 +71,44 @@ def transposed(graph: Graph, name: str, *, column: bool) -> str:
         return graph.once(("transposed", name), lambda: graph.constant(value.swapaxes(-1, -2)))
     order = [*range(rank - 2), rank - 1, rank - 2]
     return graph.once(("transposed", name), lambda: graph.op("Transpose", name, perm=order))
+
+
+@rule("Einsum")
+def einsum(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
+    """The cotangent of an operand is again an Einsum: of the cotangent and the other operands."""
+    cotangent = only_first(node, cotangents)
+    equation = attributes(node)["equation"].replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "->" not in equation or "." in equation or any(len(set(t)) != len(t) for t in (*terms, right)):
+        raise ModelError(
+            f"{describe(node)} has equation {equation!r}; only explicit equations ('ij,jk->ik') without "
+            "ellipsis and repeated letters are differentiated."
+        )
+    result: Cotangents = [None] * len(terms)
+    for position, (name, term) in enumerate(zip(node.input, terms, strict=True)):
+        if not graph.needs(name):
+            continue
+        others = [(n, t) for i, (n, t) in enumerate(zip(node.input, terms, strict=True)) if i != position]
+        available = {letter for t in (right, *(t for _, t in others)) for letter in t}
+        inner = "".join(letter for letter in term if letter in available)
+        back = ",".join((right, *(t for _, t in others))) + "->" + inner
+        gradient = graph.op("Einsum", cotangent, *(n for n, _ in others), equation=back)
+        if inner != term:  # letters that the forward pass summed within this operand alone
+            missing = [i for i, letter in enumerate(term) if letter not in available]
+            gradient = graph.op("Unsqueeze", gradient, graph.constant(missing))
+            gradient = graph.op("Expand", gradient, graph.op("Shape", name))
+        result[position] = gradient
+    return result
+
+
+def along_axis(graph: Graph, x: str, axis: int, matrix: Array, rank: int) -> str:
+    """Multiplies one axis of a tensor by a constant matrix (old size, new size)."""
+    if axis == rank - 1:
+        return graph.op("MatMul", x, graph.constant(matrix))
+    if axis == rank - 2:
+        return graph.op("MatMul", graph.constant(matrix.T), x)
+    order = list(range(rank))
+    order[axis], order[-1] = order[-1], order[axis]
+    product = graph.op("MatMul", graph.op("Transpose", x, perm=order), graph.constant(matrix))
+    return graph.op("Transpose", product, perm=order)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 from onnx import NodeProto
 
-from guard.graph import Graph, attributes
+from guard.errors import ModelError
+from guard.graph import Graph, Tensor, attributes, describe
 from guard.operators.broadcast import axes_of, expand_to, reshape_to
 from guard.operators.registry import data_rule
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A node y = f(x), reduced over `axes`, which y keeps with size 1."""
+
+    x: Tensor
+    y: Tensor
+    axes: list[int]
+
+
+Slope = Callable[[Reduction], Tensor]
 
 
 def reduced_axes(graph: Graph, node: NodeProto) -> list[int]:
@@ -25,9 +40,8 @@ def kept(graph: Graph, node: NodeProto, name: str) -> str:
     if attributes(node).get("keepdims", 1):
         return name
     axes = reduced_axes(graph, node)
-    return reshape_to(
-        graph, name, tuple(1 if i in axes else d for i, d in enumerate(graph.shape(node.input[0])))
-    )
+    shape = graph.shape(node.input[0])
+    return reshape_to(graph, name, tuple(1 if i in axes else d for i, d in enumerate(shape)))
 
 
 @data_rule("ReduceSum")
@@ -39,20 +53,80 @@ def reduce_sum(graph: Graph, node: NodeProto, cotangent: str) -> str:
 @data_rule("ReduceMean")
 def reduce_mean(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """The cotangent over the number of elements, repeated along the reduced axes."""
-    shape = graph.shape(node.input[0])
-    axes = reduced_axes(graph, node)
-    count = prod(graph.static_shape(node.input[0])[i] if shape[i] is None else shape[i] or 0 for i in axes)
-    scaled = graph.tensor(cotangent) * (1 / count)
+    dims = [graph.shape(node.input[0])[axis] for axis in reduced_axes(graph, node)]
+    if any(d is None for d in dims):
+        raise ModelError(f"{describe(node)} averages over the batch; images must not influence each other.")
+    scaled = graph.tensor(cotangent) * (1 / prod(d or 1 for d in dims))
     return expand_to(graph, kept(graph, node, scaled.name), node.input[0])
 
 
-@data_rule("ReduceMax", "ReduceMin")
-def reduce_extremum(graph: Graph, node: NodeProto, cotangent: str) -> str:
+def _reduction(op_type: str) -> Callable[[Slope], Slope]:
+    """Registers y = f(x over axes) by dy/dx, in terms of x, y and the axes."""
+
+    def register(function: Slope) -> Slope:
+        @data_rule(op_type)
+        def apply(graph: Graph, node: NodeProto, cotangent: str) -> str:
+            def slope() -> str:
+                x, y = graph.tensor(node.input[0]), graph.tensor(kept(graph, node, node.output[0]))
+                return function(Reduction(x, y, reduced_axes(graph, node))).name
+
+            factor = graph.once(("slope", node.output[0]), slope)
+            return graph.op("Mul", kept(graph, node, cotangent), factor)
+
+        return function
+
+    return register
+
+
+@_reduction("ReduceMax")
+@_reduction("ReduceMin")
+def reduce_extremum(at: Reduction) -> Tensor:
     """Elements that tie for the extremum share the cotangent evenly."""
-    x, y = graph.tensor(node.input[0]), graph.tensor(kept(graph, node, node.output[0]))
+    ties = at.x.equals(at.y).like(at.x.name)
+    return ties / ties.sum(at.axes)
 
-    def share() -> str:
-        ties = x.equals(y).like(x.name)
-        return (ties / ties.sum(reduced_axes(graph, node))).name
 
-    return graph.op("Mul", kept(graph, node, cotangent), graph.once(("share", node.output[0]), share))
+@_reduction("ReduceL1")
+def reduce_l1(at: Reduction) -> Tensor:
+    """The sign."""
+    return at.x.apply("Sign")
+
+
+@_reduction("ReduceL2")
+def reduce_l2(at: Reduction) -> Tensor:
+    """For the norm y: x / y, and 0 where y is 0."""
+    return at.x / at.y.equals(0.0).where(Tensor(at.y.graph, at.y.graph.scalar(1.0, at.y.name)), at.y)
+
+
+@_reduction("ReduceSumSquare")
+def reduce_sum_square(at: Reduction) -> Tensor:
+    """Twice x."""
+    return at.x * 2.0
+
+
+@_reduction("ReduceLogSum")
+def reduce_log_sum(at: Reduction) -> Tensor:
+    """One over the sum, in the shape of x."""
+    return at.x * 0.0 + (-at.y).apply("Exp")
+
+
+@_reduction("ReduceLogSumExp")
+def reduce_log_sum_exp(at: Reduction) -> Tensor:
+    """The softmax."""
+    return (at.x - at.y).apply("Exp")
+
+
+@_reduction("ReduceProd")
+def reduce_prod(at: Reduction) -> Tensor:
+    """The product of the other elements, right where some are zero."""
+    one = Tensor(at.x.graph, at.x.graph.scalar(1.0, at.x.name))
+    zero = at.x.equals(0.0)
+    nonzero = zero.where(one, at.x)
+    zeros = zero.like(at.x.name).sum(at.axes)
+    graph = at.x.graph
+    if graph.opset < 18:
+        product = nonzero.apply("ReduceProd", axes=at.axes)
+    else:
+        product = nonzero.apply("ReduceProd", graph.constant(at.axes))
+    others = product / nonzero * zeros.equals(0.0).like(at.x.name)
+    return zero.where(product * zeros.equals(1.0).like(at.x.name), others)
