@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,12 +238,22 @@ class Upload:
 
 
 class _Parser(MultiPartParser):
-    """Keeps files in memory, whose size `Edge` bounds, and notices a body that stops before its end."""
+    """Keeps files in memory, whose size `Edge` bounds, and refuses a body that stops before its end."""
 
-    complete = False
+    def __init__(self, request: Request, *, max_bytes: int) -> None:
+        stream = self._to_its_end(request.stream())
+        super().__init__(request.headers, stream, max_files=8, max_fields=8, max_part_size=max_bytes)
+        self.spool_max_size = max_bytes + 1
+        self.complete = False
 
     def on_end(self) -> None:
         self.complete = True
+
+    async def _to_its_end(self, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self.complete:
+            raise MultiPartException("It ends too early.")
 
 
 async def read_upload(request: Request, *, max_bytes: int) -> Upload:
@@ -265,17 +275,13 @@ async def read_upload(request: Request, *, max_bytes: int) -> Upload:
             "such as image/png.",
             status=415,
         )
-    parser = _Parser(request.headers, request.stream(), max_files=8, max_fields=8, max_part_size=max_bytes)
-    parser.spool_max_size = max_bytes + 1
     try:
-        form = await parser.parse()
+        form = await _Parser(request, max_bytes=max_bytes).parse()
     except MultiPartException as error:
         raise RequestError(
             f"The multipart body cannot be read: {error.message}", status=400, code="malformed_body"
         ) from error
     try:
-        if not parser.complete:
-            raise RequestError("The multipart body ends too early.", status=400, code="malformed_body")
         names = [name for name, _ in form.multi_items()]
         if names.count("image") > 1:
             raise RequestError("Send one image, not several.", status=422, code="several_images")

@@ -57,13 +57,15 @@ class GuardService:
         warnings.filterwarnings("ignore", module="PIL")
         self.worker = Worker(bundle_path(), SETTINGS)
 
-    @staticmethod
+    # Makes a static method of it.
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     def check() -> None:
         """Runs once, before any worker: a bundle that cannot be served ends the server here, in one line."""
+        from guard.guarded import GRAPH_VERSION
+
         try:
             Policy.from_environment()
-            bundles.load(bundle_path()).calibrated()
+            bundles.load(bundle_path(), graph_version=GRAPH_VERSION).calibrated()
         except GuardError as error:
             raise SystemExit(f"guard: {error}") from None
         metrics.own_folder()
