@@ -17,9 +17,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from guard.autodiff import Graph
 from guard.errors import ModelError, UsageError
-from guard.graph import SHAPE_READERS, depending
+from guard.free_batch import free_batch
 from guard.guarded import IMAGES, LOGITS
-from guard.runtime import session_of
 
 Float32 = NDArray[np.float32]
 Layout = Literal["nchw", "nhwc"]
@@ -136,7 +135,7 @@ def adapt(model: onnx.ModelProto, form: Form, outside: Outside, *, probabilities
         _lift_integers(plain, form.input)
     value.CopyFrom(helper.make_tensor_value_info(form.input, TensorProto.FLOAT, ["batch", *image]))
     if form.batch is not None:
-        _free_batch(plain, form.input, (form.batch, *image))
+        free_batch(plain, form.input, (form.batch, *image))
     softmax = _final_softmax(plain, form.output) if probabilities else None
     if softmax is not None:
         softmax.op_type = "Identity"
@@ -285,73 +284,6 @@ def _convert_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in _OTHER_FLOATS:
         values = numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-
-def _free_batch(model: onnx.ModelProto, source: str, shape: tuple[int, ...]) -> None:
-    """Rewrites what holds the fixed batch size N = shape[0]: Reshape targets, and constants joined to images.
-
-    A target [N, d1, ...] becomes [-1, d1, ...], the same for N images and right for other numbers wherever
-    the batch runs along the first axis; whether it does shows when the result runs at other batch sizes.
-    """
-    graph = model.graph
-    images = depending(graph.node, [source], SHAPE_READERS)
-    varying = depending(graph.node, [source], frozenset())
-    reshapes = [
-        node
-        for node in graph.node
-        if node.op_type == "Reshape" and node.input[0] in images and node.input[1] not in varying
-    ]
-    shapes = _shapes(model, source, shape, [node.output[0] for node in reshapes])
-    for index, node in enumerate(reshapes):
-        target = shapes[node.output[0]]
-        if target and 0 not in target and target[0] % shape[0] == 0:
-            name = f"guard/target_{index}"
-            graph.initializer.append(numpy_helper.from_array(np.array([-1, *target[1:]], np.int64), name))
-            node.input[1] = name
-    if shape[0] == 1:
-        _repeat_constants(model, source, images)
-
-
-def _repeat_constants(model: onnx.ModelProto, source: str, images: set[str]) -> None:
-    """Gives a constant (1, ...) that is joined to images along another axis (a class token) to each image."""
-    graph = model.graph
-    dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    nodes = [helper.make_node("Shape", [source], ["guard/batch"], start=0, end=1)]
-    for node in graph.node:
-        along = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        if node.op_type == "Concat" and along != 0 and not images.isdisjoint(node.input):
-            for position, name in enumerate(node.input):
-                shape = dims.get(name, ())
-                if len(shape) > 1 and shape[0] == 1:
-                    stem = f"guard/repeated_{len(nodes)}"
-                    ones = numpy_helper.from_array(np.ones(len(shape) - 1, np.int64), f"{stem}_ones")
-                    graph.initializer.append(ones)
-                    nodes.append(
-                        helper.make_node("Concat", ["guard/batch", ones.name], [f"{stem}_shape"], axis=0)
-                    )
-                    nodes.append(helper.make_node("Expand", [name, f"{stem}_shape"], [stem]))
-                    node.input[position] = stem
-        nodes.append(node)
-    if len(nodes) > len(graph.node) + 1:
-        del graph.node[:]
-        graph.node.extend(nodes)
-
-
-def _shapes(
-    model: onnx.ModelProto, source: str, shape: tuple[int, ...], names: Sequence[str]
-) -> dict[str, list[int]]:
-    """The shapes of tensors in a run on images of this shape, batch axis included."""
-    if not names:
-        return {}
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    for name in names:
-        read = f"guard/shape/{name}"
-        probe.graph.node.append(helper.make_node("Shape", [name], [read]))
-        probe.graph.output.append(helper.make_tensor_value_info(read, TensorProto.INT64, None))
-    found = session_of(probe).run(None, {source: np.zeros(shape, np.float32)})
-    return {name: [int(side) for side in sides] for name, sides in zip(names, found, strict=True)}
 
 
 def _final_softmax(model: onnx.ModelProto, output: str) -> NodeProto | None:

@@ -21,15 +21,17 @@ from guard.bundle import CARD, MANIFEST, MODEL, InputShape, Manifest, Preprocess
 from guard.errors import BundleError, DataError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
-from guard.runtime import Detector, session_of
+from guard.runtime import Detector
 
 Float32 = NDArray[np.float32]
 
 CHECKED_IMAGES = 6
 BATCH_SIZES = (2, 3, 5)
 
-_TOLERANCE = 1e-3  # of the largest output; float32 kernels differ between batch sizes by about 1e-5
-_TOLERANCE_HALF = 3e-2  # the same where the original computes in 16 bits
+# Deviations are relative to how far outputs vary from image to image, so that mixed-up images cannot hide
+# behind logits that are large but alike. Float32 kernels differ between batch sizes by about 1e-4.
+_TOLERANCE = 1e-2
+_TOLERANCE_HALF = 0.2  # where the original computes in 16 bits
 _CROPPED_FROM = 128  # pixels: models with inputs of this size and above are usually trained on centre crops
 _CROP = 0.875  # 224 of 256 pixels
 
@@ -39,7 +41,7 @@ class Wrapped:
     """A wrapped model, and how it compares with the original on random images.
 
     `outputs` is what the original gives, `difference` the largest deviation seen between original and wrapped
-    model and between batch sizes, relative to the largest output.
+    model and between batch sizes, relative to how far outputs vary from image to image.
     """
 
     model: onnx.ModelProto
@@ -209,9 +211,16 @@ def _external_files(model: onnx.ModelProto) -> set[str]:
 
 
 def _examples(shape: tuple[int, int, int], count: int) -> Float32:
-    """Random images of whole 8-bit values, so that a model that takes integers sees the same."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, *shape))
-    return (pixels / 255).astype(np.float32)
+    """Coarse patches of colour under noise, which models tell apart better than noise alone.
+
+    Pixels are whole 8-bit values, so that a model that takes integers sees the same.
+    """
+    rng = np.random.default_rng(0)
+    channels, height, width = shape
+    patches = rng.random((count, channels, 4, 4))
+    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
+    noisy = 0.7 * patches[:, :, rows][..., columns] + 0.3 * rng.random((count, *shape))
+    return (np.rint(255 * noisy) / 255).astype(np.float32)
 
 
 def _run_original(model: onnx.ModelProto, form: Form, feed: NDArray[Any]) -> Float32:
@@ -238,6 +247,8 @@ def _run_original(model: onnx.ModelProto, form: Form, feed: NDArray[Any]) -> Flo
         raise ModelError("the model gives a single number per image: expected scores of two classes or more.")
     if not np.isfinite(rows).all():
         raise ModelError("the model gives NaN or infinity on random images: check --mean, --std and --range.")
+    if (rows == rows[0]).all():
+        raise ModelError("the model gives the same output for every image; it classifies nothing.")
     return rows
 
 
@@ -259,7 +270,7 @@ def _gives_probabilities(rows: Float32, said: Outputs | None) -> bool:
 def _verify(
     wrapped: onnx.ModelProto, images: Float32, expected: Float32, probabilities: bool, tolerance: float
 ) -> float:
-    """Runs images alone and together; returns the largest deviation, relative to the largest output."""
+    """Runs images alone and together; returns the largest deviation, relative to the outputs' spread."""
     session = _session(wrapped)
 
     def run(batch: Float32) -> Float32:
@@ -273,28 +284,29 @@ def _verify(
         return logits
 
     alone = np.concatenate([run(image[None]) for image in images])
-    deviation = _deviation(_softmax(alone) if probabilities else alone, expected)
+    deviation = _distance(_softmax(alone) if probabilities else alone, expected, spread_of=expected)
     if not deviation <= tolerance:
         raise ModelError(
-            f"the wrapped model differs from the original by {deviation:.2g} of its largest output: expected "
-            f"at most {tolerance:g}. Either the original is not deterministic, or images change each other "
-            "there: export it in evaluation mode, with a dynamic batch axis."
+            f"the wrapped model differs from the original by {deviation:.2g} of its outputs' spread: "
+            f"expected at most {tolerance:g}. Either the original is not deterministic, or images change "
+            "each other there: export it in evaluation mode, with a dynamic batch axis."
         )
     for size in BATCH_SIZES:
         together = run(images[:size])
-        apart = _deviation(together, alone[:size]) if together.shape == alone[:size].shape else np.inf
+        apart = _distance(together, alone[:size], spread_of=alone)
         if not apart <= tolerance:
             raise ModelError(
                 f"images change each other's outputs: {size} of them together give other logits than alone "
-                f"(by {apart:.2g} of the largest). Export it in evaluation mode, with a dynamic batch axis."
+                f"(by {apart:.2g} of their spread). Export it in evaluation mode, with a dynamic batch axis."
             )
         deviation = max(deviation, apart)
     return deviation
 
 
-def _deviation(found: Float32, expected: Float32) -> float:
-    scale = max(float(np.abs(expected).max()), 1e-6)
-    return float(np.abs(found - expected).max()) / scale
+def _distance(found: Float32, expected: Float32, *, spread_of: Float32) -> float:
+    """Largest difference, relative to how far one class's outputs vary between images (B, K)."""
+    spread = float(np.ptp(spread_of, axis=0).max())
+    return float(np.abs(found - expected).max()) / spread if found.shape == expected.shape else np.inf
 
 
 def _softmax(logits: Float32) -> Float32:
@@ -304,8 +316,12 @@ def _softmax(logits: Float32) -> Float32:
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, and said once
     try:
-        return session_of(model)
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # onnxruntime's and protobuf's own exceptions have no common base
         raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
 
@@ -351,7 +367,7 @@ Wrapped by `guard wrap` from `{source.name}` (sha256 `{manifest.provenance["sour
 | batch size | {batch} |
 | classes | {wrapped.num_classes} |
 | the original gives | {given} |
-| largest deviation from the original on random images | {wrapped.difference:.1e} of its largest output |
+| largest deviation from the original on random images | {wrapped.difference:.1e} of its outputs' spread |
 
 Accuracy and robustness were not measured. The bundle can be served after `guard calibrate`.
 """
