@@ -56,6 +56,8 @@ class _Walk:
 
     def run(self) -> None:
         for node in self.graph.node:
+            if node.op_type == "Gather" and node.input[0] in self.images:
+                self._gather(node)
             if (
                 node.op_type == "Reshape"
                 and node.input[0] in self.images
