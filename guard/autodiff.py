@@ -43,7 +43,7 @@ def pullback(graph: Graph, output: str, cotangent: str, input: str) -> str:
             if gradient is not None and graph.needs(name):
                 contributions[name].append(gradient)
     gradient = _total(graph, contributions.get(input, []))
-    return gradient if gradient is not None else (graph.tensor(input) * 0.0).name
+    return graph.declare(gradient or graph.op("Mul", input, graph.scalar(0.0, input)), like=input)
 
 
 def check_differentiable(model: onnx.ModelProto | Graph, input: str, output: str) -> None:

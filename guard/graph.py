@@ -210,6 +210,11 @@ class Graph:
             self._probe()
         return self._shapes[name]
 
+    def declare(self, name: str, like: str) -> str:
+        """States that a tensor has the shape of tensor `like`, which spares reading it off; returns `name`."""
+        self._shapes.setdefault(name, self.shape(like))
+        return name
+
     def rank(self, name: str) -> int:
         """The number of axes of a tensor."""
         return len(self.shape(name))
@@ -304,6 +309,10 @@ class Graph:
             value = onnx.ValueInfoProto()
             value.CopyFrom(inferred.get(tensor, value))
             value.name = name
+            if tensor in self._shapes and not value.type.tensor_type.HasField("shape"):
+                for axis, dim in enumerate(self._shapes[tensor]):
+                    size = {"dim_value": dim} if dim is not None else {"dim_param": "" if axis else "batch"}
+                    value.type.tensor_type.shape.dim.add(**size)
             value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(self.dtype(tensor))
             values.append(value)
         nodes = [*self._reaching(list(renamed.values())), *identities]

@@ -94,10 +94,17 @@ def slice_(graph: Graph, node: NodeProto, cotangent: str) -> str:
             if (start, step) == (0, 1) and stop >= np.iinfo(np.int32).max:
                 continue
             raise ModelError(f"{describe(node)} cuts axis {axis}, which depends on the batch.")
-        # Python clamps as ONNX does, save that a stop before the first element needs None
-        bound = None if step < 0 and stop < -size else stop
-        cotangent = put_back(graph, cotangent, axis, np.arange(size)[start:bound:step], size, len(shape))
+        source = _taken(int(start), int(stop), int(step), size)
+        cotangent = put_back(graph, cotangent, axis, source, size, len(shape))
     return cotangent
+
+
+def _taken(start: int, stop: int, step: int, size: int) -> Array:
+    """The indices that a Slice takes; unlike Python's, its backward slices clamp the start into the tensor."""
+    start, stop = (bound + size if bound < 0 else bound for bound in (start, stop))
+    if step > 0:
+        return np.arange(min(max(start, 0), size), min(max(stop, 0), size), step)
+    return np.arange(min(max(start, 0), size - 1), min(max(stop, -1), size - 1), step)
 
 
 @data_rule("Gather")
