@@ -69,7 +69,7 @@ class Manifest(Record):
 
 
 class Share(Record):
-    """A share measured on n images, with the Clopper-Pearson interval at `level` (one-sided: `upper` only)."""
+    """A share measured on n images, with a Clopper-Pearson interval at `level` (one-sided: `upper` only)."""
 
     count: Annotated[int, Field(ge=0)]
     n: Annotated[int, Field(ge=1)]
@@ -121,6 +121,20 @@ class OmegaRecord(Record):
     values: list[list[float]]
     conditioned_on: Literal["none", "gradient", "margin", "first-order-radius"] = "none"
     relative: bool = False
+    reach: list[float] = Field(default_factory=list, description="largest radius examined, per bin")
+
+
+class ExtremeFit(Record):
+    """A generalized extreme value fit of block maxima and the quantile taken from it (an estimate)."""
+
+    value: float
+    method: Literal["gev", "gumbel", "largest"]
+    largest: float
+    blocks: Annotated[int, Field(ge=1)]
+    shape: float
+    location: float
+    scale: float
+    p_value: float
 
 
 class ConformalScale(Record):
@@ -137,12 +151,15 @@ class RadiusCalibration(Record):
 
     lipschitz: Annotated[float, Field(ge=0)]
     omega: OmegaRecord
+    lipschitz_fit: ExtremeFit | None = None
+    omega_fits: list[list[ExtremeFit]] = Field(default_factory=list, description="per bin and eps")
     violations: Share
     mean_radius: Annotated[float, Field(ge=0)]
     mean_distance: Annotated[float, Field(ge=0)]
     tightness: Annotated[float, Field(ge=0)]
     attack: dict[str, Any]
     effort: dict[str, Any]
+    ablation: dict[str, float] = Field(default_factory=dict, description="mean L-bound, first-order radius")
     conformal: ConformalScale | None = None
 
 
@@ -166,6 +183,7 @@ class Calibration(Record):
     realized_fpr: Share
     accuracy: Share | None = None
     row_bound: Annotated[float, Field(ge=0)]
+    row_fit: ExtremeFit | None = None
     agreement: list[Agreement] = Field(default_factory=list)
     histogram: Histogram
     l2: RadiusCalibration
