@@ -4,6 +4,7 @@ Scores are counted relative to their threshold, so that one set of buckets fits 
 """
 
 import atexit
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from prometheus_client import (  # noqa: E402 (reads the variable when imported)
     generate_latest,
     multiprocess,
 )
+
+LARGEST = 1e3
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -56,6 +59,12 @@ MODEL = Gauge(
     ["name", "digest", "detector", "provider"],
     multiprocess_mode="mostrecent",
 )
+
+
+def observe(histogram: Histogram, value: float) -> None:
+    """Counts an infinite value as `LARGEST` and NaN not at all: either would spoil the sum."""
+    if not math.isnan(value):
+        histogram.observe(min(value, LARGEST))
 
 
 def own_folder() -> None:

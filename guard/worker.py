@@ -274,10 +274,10 @@ class Worker:
             return
         measured, threshold = decision.measured, decision.detector.threshold
         annotate(scope, score=measured.score, threshold=threshold)
-        metrics.SCORE.observe(measured.score / threshold if threshold else math.inf)
+        metrics.observe(metrics.SCORE, measured.score / threshold if threshold else math.inf)
         if decision.accepted:
-            metrics.RADIUS.labels("l2").observe(measured.l2)
-            metrics.RADIUS.labels("linf").observe(measured.linf)
+            metrics.observe(metrics.RADIUS.labels("l2"), measured.l2)
+            metrics.observe(metrics.RADIUS.labels("linf"), measured.linf)
 
 
 def clean_rejection(calibration: Calibration, policy: Policy) -> tuple[float, float] | None:
