@@ -119,8 +119,10 @@ def arranged(images: Float32, form: Form, outside: Outside) -> NDArray[Any]:
     return np.ascontiguousarray(prepared.astype(form.dtype))
 
 
-def adapt(model: onnx.ModelProto, form: Form, outside: Outside, *, probabilities: bool) -> onnx.ModelProto:
-    """The classifier from `images` to `logits`, in float32, at opset 17 or above.
+def adapt(
+    model: onnx.ModelProto, form: Form, outside: Outside, *, num_classes: int, probabilities: bool
+) -> onnx.ModelProto:
+    """The classifier from `images` to `logits` (B, num_classes), in float32, at opset 17 or above.
 
     `probabilities` says that the original gives them: a Softmax at its end is then removed; without one,
     logits are the logarithm of the probabilities, which are raised to `SMALLEST_PROBABILITY` first.
@@ -140,7 +142,7 @@ def adapt(model: onnx.ModelProto, form: Form, outside: Outside, *, probabilities
     if softmax is not None:
         softmax.op_type = "Identity"
         del softmax.attribute[:]
-    return _joined(plain, form, outside, log=probabilities and softmax is None)
+    return _joined(plain, form, outside, num_classes, log=probabilities and softmax is None)
 
 
 def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -296,7 +298,9 @@ def _final_softmax(model: onnx.ModelProto, output: str) -> NodeProto | None:
     return node if node is not None and node.op_type == "Softmax" else None
 
 
-def _joined(model: onnx.ModelProto, form: Form, outside: Outside, *, log: bool) -> onnx.ModelProto:
+def _joined(
+    model: onnx.ModelProto, form: Form, outside: Outside, num_classes: int, *, log: bool
+) -> onnx.ModelProto:
     """The model between the nodes that go before and after it, from `images` to `logits`."""
     _rename(model.graph, {name: f"model/{name}" for name in {IMAGES, LOGITS, form.input, form.output}})
     nodes: list[NodeProto] = []
@@ -330,7 +334,7 @@ def _joined(model: onnx.ModelProto, form: Form, outside: Outside, *, log: bool) 
         nodes,
         model.graph.name or "classifier",
         [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, ["batch", *form.shape])],
-        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", None])],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", num_classes])],
         [*model.graph.initializer, *constants],
     )
     return helper.make_model(

@@ -92,7 +92,8 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     images = _examples(form.shape, -(-CHECKED_IMAGES // batch) * batch)
     expected = _run_original(model, form, arranged(images, form, outside))
     probabilities = _gives_probabilities(expected, outside.outputs)
-    wrapped = adapt(model, form, outside, probabilities=probabilities)
+    num_classes = expected.shape[1]
+    wrapped = adapt(model, form, outside, num_classes=num_classes, probabilities=probabilities)
     check_differentiable(wrapped, IMAGES, LOGITS)
     tolerance = _TOLERANCE_HALF if form.half else _TOLERANCE
     difference = _verify(
@@ -101,8 +102,13 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     measured = Detector(wrapped, provider="cpu").measure(images[:2])
     if not np.isfinite([measured.margin, measured.gradient_l2, measured.jacobian]).all():
         raise ModelError("the model's gradients are NaN or infinite on random images; it cannot be guarded.")
+    if not measured.gradient_l2.any():
+        raise ModelError(
+            "the model's gradients are zero on random images, as after rounding: it cannot be guarded. "
+            "Export it without quantization."
+        )
     outputs: Outputs = "probabilities" if probabilities else "logits"
-    return Wrapped(wrapped, form, expected.shape[1], outputs, difference)
+    return Wrapped(wrapped, form, num_classes, outputs, difference)
 
 
 def preprocessing(

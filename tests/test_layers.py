@@ -111,7 +111,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_serving_loads_neither_torch_nor_scipy() -> None:
-    loaded = loaded_by("import guard.service")
+    loaded = loaded_by("import guard.service, guard.worker, guard.decision")
     assert {"guard", "onnxruntime", "bentoml"} <= loaded
     assert not loaded & {"torch", "torchvision", "scipy"}
 
