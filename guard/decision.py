@@ -353,7 +353,7 @@ def table_of(record: OmegaRecord) -> OmegaTable:
     return OmegaTable(
         eps=np.array(record.eps, np.float64),
         values=np.array(record.values, np.float64),
-        reach=np.array(getattr(record, "reach", None) or [record.eps[-1]] * len(record.values), np.float64),
+        reach=np.array(record.reach, np.float64),
         edges=np.array(record.edges, np.float64),
         conditioned_on=record.conditioned_on,
         relative=record.relative,

@@ -22,7 +22,7 @@ from guard.settings import Policy
 from tests.networks import images, linear
 
 WEIGHT = np.array([[4.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 0]], np.float32)
-OMEGA = {"eps": [0.25, 0.5, 1.0], "edges": [], "values": [[0.0, 0.0, 0.0]]}
+OMEGA = {"eps": [0.25, 0.5, 1.0], "edges": [], "values": [[0.0, 0.0, 0.0]], "reach": [1.0]}
 
 
 def calibration_record(model_sha256: str, **changes: Any) -> dict[str, Any]:
