@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -286,9 +285,7 @@ def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
     assert (missing / MANIFEST).exists() is False
 
 
-def test_the_bento_packs_the_package_the_bundle_and_the_base_dependencies() -> None:
+def test_the_bento_packs_the_package_and_the_shipped_bundle() -> None:
     bento = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert bento["service"] == "guard.service:GuardService"
-    assert bento["python"]["packages"] == project["project"]["dependencies"]
-    assert {"guard/**/*", "models/cifar10/**/*"} <= set(bento["include"])
+    assert {"guard", "models/cifar10", "pyproject.toml"} <= {path.rstrip("/*") for path in bento["include"]}
