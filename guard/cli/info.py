@@ -1,0 +1,135 @@
+"""`guard info`: what is in a bundle, in one screen."""
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit
+
+if TYPE_CHECKING:
+    from guard.bundle import Bundle, Calibration, Manifest, RadiusCalibration
+
+_WIDTH = 80
+_NAMED = 60  # characters of class names shown
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "info",
+        run,
+        description="""\
+Show what is in a bundle: the model, how uploads become its inputs, what the
+calibration promises and what was measured. All digests are checked.""",
+        example="""\
+guard info
+guard info models/resnet50 --json""",
+    )
+    add_bundle(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from guard import bundle as bundles
+    from guard.guarded import GRAPH_VERSION
+
+    bundle = bundles.load(chosen_bundle(arguments), graph_version=GRAPH_VERSION)
+    calibration = bundle.calibration
+    record: dict[str, Any] = {
+        "bundle": str(bundle.path),
+        "digest": bundle.digest,
+        "bytes": sum((bundle.path / name).stat().st_size for name in bundle.manifest.files),
+        "manifest": bundle.manifest.model_dump(mode="json"),
+        "calibration": None if calibration is None else calibration.model_dump(mode="json"),
+    }
+    emit(arguments, record, "\n".join(_screen(bundle, record["bytes"])))
+    return 0
+
+
+def _screen(bundle: "Bundle", size: int) -> list[str]:
+    manifest, shape = bundle.manifest, bundle.manifest.input
+    facts = [
+        ("bundle", f"{bundle.path}, {size / 1e6:.1f} MB, digests match"),
+        ("model", bundle.digest),
+        ("input", f"{shape.channels} x {shape.height} x {shape.width}, pixels in [0, 1]"),
+        ("uploads", _uploads(manifest)),
+        ("classes", _classes(manifest.class_names)),
+        ("made", _made(manifest.provenance)),
+    ]
+    calibration = bundle.calibration
+    if calibration is None:
+        facts.append(("not calibrated", f"guard calibrate {bundle.path} --val DATA"))
+    else:
+        facts += _detection(calibration)
+        facts += [(f"{norm} radius", _radius(radii)) for norm, radii in _norms(calibration)]
+    lines = [manifest.name]
+    for name, text in facts:
+        lines += textwrap.wrap(
+            text, _WIDTH, initial_indent=f"  {name:<15s} ", subsequent_indent=" " * 18, break_long_words=False
+        )
+    return lines
+
+
+def _uploads(manifest: "Manifest") -> str:
+    how, shape = manifest.preprocessing, manifest.input
+    size = f"{shape.width} x {shape.height}"
+    if how.resize is None:
+        return f"{how.colour}, resized to {size} ({how.interpolation})"
+    return (
+        f"{how.colour}, shorter side resized to {how.resize} ({how.interpolation}), centre cropped to {size}"
+    )
+
+
+def _classes(names: list[str]) -> str:
+    shown = textwrap.shorten(", ".join(names), _NAMED, placeholder=" ...")
+    return f"{len(names)}: {shown}"
+
+
+def _made(provenance: dict[str, Any]) -> str:
+    versions = provenance.get("versions", {})
+    commit = provenance.get("commit")
+    source = provenance.get("source", {})
+    parts = [f"guard {versions.get('guard', '?')}"]
+    parts += [f"commit {commit[:10]}{'+' if commit.endswith('+') else ''}"] if commit else []
+    parts += [f"from {source['file']}"] if isinstance(source, dict) and "file" in source else []
+    return ", ".join(parts)
+
+
+def _detection(calibration: "Calibration") -> list[tuple[str, str]]:
+    promised, realized = calibration.predicted_fpr, calibration.realized_fpr
+    name = calibration.data.get("name", "held-out images")
+    guarantee = calibration.guarantee
+    if calibration.delta is not None:
+        guarantee += f", with probability {1 - calibration.delta:g}"
+    facts = [
+        (
+            "accepts",
+            f"{calibration.score} <= {calibration.threshold:.4g}, set on {calibration.n} images of {name}",
+        ),
+        ("rejects clean", f"at most {calibration.fpr:.1%} ({guarantee})"),
+        (
+            "  measured",
+            f"{realized.value:.2%} of {realized.n} (predicted {promised.lower:.2%} to {promised.upper:.2%})",
+        ),
+    ]
+    if calibration.accuracy is not None:
+        facts.append(("accuracy", f"{calibration.accuracy.value:.2%} of {calibration.accuracy.n}"))
+    if calibration.agreement:
+        agree = sum(entry.agree for entry in calibration.agreement)
+        total = sum(entry.n for entry in calibration.agreement)
+        facts.append(("agreement", f"decided as the full Jacobian on {agree} of {total} images"))
+    return facts
+
+
+def _norms(calibration: "Calibration") -> list[tuple[str, "RadiusCalibration"]]:
+    return [("l2", calibration.l2), ("linf", calibration.linf)]
+
+
+def _radius(radii: "RadiusCalibration") -> str:
+    inside = radii.violations
+    text = (
+        f"mean {radii.mean_radius:.4g}, {radii.tightness:.2f} of the way to the nearest attack; attacked inside: "
+        f"{inside.value:.2%} of {inside.n} (below {inside.upper:.2%} with {inside.level:.0%} confidence). Estimate"
+    )
+    if radii.conformal is not None:
+        text += f"; conformal radii at alpha {radii.conformal.alpha:g}"
+    return text
