@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,13 @@ class Row:
     index: int | None
     decision: Decision | None = None
     error: ImageError | None = None
+
+    @property
+    def verdict(self) -> Literal["accepted", "rejected", "unread"]:
+        """What became of the image."""
+        if self.decision is None:
+            return "unread"
+        return "accepted" if self.decision.accepted else "rejected"
 
     def record(self) -> dict[str, Any]:
         """The answer of `POST /classify` with `path` or `index`, or with `error` (`code`, `message`)."""
@@ -156,8 +163,8 @@ def _check_shape(dataset: data.Dataset, shape: tuple[int, int, int]) -> None:
     if (channels, height, width) != shape:
         raise DataError(
             f"{dataset.name}: images are {channels} x {height} x {width}, the model takes "
-            f"{' x '.join(map(str, shape))} (channels, height, width). Give images of that size, or image files, "
-            "which are resized."
+            f"{' x '.join(map(str, shape))} (channels, height, width). Give images of that size, or "
+            "image files, which are resized."
         )
 
 

@@ -103,12 +103,12 @@ class _Csv(AbstractContextManager[Callable[[Record], None]]):
 
 class _Parquet(AbstractContextManager[Callable[[Record], None]]):
     def __init__(self, stream: BinaryIO) -> None:
-        import pyarrow
+        import pyarrow as pa
         from pyarrow import parquet
 
-        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
-        self._schema = pyarrow.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
-        self._table = pyarrow.Table
+        kinds = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+        self._schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+        self._table = pa.Table
         self._file = parquet.ParquetWriter(stream, self._schema)
         self._rows: list[dict[str, Any]] = []
 

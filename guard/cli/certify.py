@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from guard.cli.options import Subparsers, add_command, add_provider
 from guard.settings import bundle_path
 
-FORMATS = ("jsonl", "csv", "parquet")
+if TYPE_CHECKING:
+    from guard.tables import Format
+
+FORMATS: "tuple[Format, ...]" = ("jsonl", "csv", "parquet")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -60,15 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     guard = Guard.from_bundle(folder, arguments.provider, threads=arguments.threads)
     given = offline.sources(words, guard.detector.input_shape)
     counts: Counter[str] = Counter()
-    with _output(arguments.out) as stream, tables.writer(stream, kind) as write:
-        with Progress(sum(map(len, given)), "certify") as progress:
-            for row in offline.classify(guard, given):
-                write(row.record())
-                verdict = (
-                    "unread" if row.decision is None else "accepted" if row.decision.accepted else "rejected"
-                )
-                counts[verdict] += 1
-                progress.advance()
+    with (
+        _output(arguments.out) as stream,
+        tables.writer(stream, kind) as write,
+        Progress(sum(map(len, given)), "certify") as progress,
+    ):
+        for row in offline.classify(guard, given):
+            write(row.record())
+            counts[row.verdict] += 1
+            progress.advance()
     where = "" if arguments.out is None else f"wrote {arguments.out}: "
     text = f"{where}{counts['accepted']} accepted, {counts['rejected']} rejected"
     text += f", {counts['unread']} could not be read" if counts["unread"] else ""
@@ -80,13 +83,16 @@ def _is_bundle(word: str) -> bool:
     return (Path(word) / "manifest.json").is_file()
 
 
-def _format(arguments: argparse.Namespace) -> "tables.Format":
+def _format(arguments: argparse.Namespace) -> "Format":
     from guard.errors import UsageError
 
     suffix = "" if arguments.out is None else arguments.out.suffix.lstrip(".").lower()
-    kind = arguments.format or (suffix if suffix in FORMATS else "jsonl")
+    named: Format = next((known for known in FORMATS if known == suffix), "jsonl")
+    kind: Format = arguments.format or named
     if arguments.json and (arguments.out is not None or kind != "jsonl"):
         raise UsageError("--json is JSON lines on standard output: leave out --out and --format, or --json.")
+    if arguments.out is not None and arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out} is a folder: give the name of a file.")
     if kind == "parquet" and arguments.out is None:
         raise UsageError("--format parquet needs --out FILE: it cannot be written to standard output.")
     return kind

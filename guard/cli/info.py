@@ -97,7 +97,7 @@ def _made(provenance: dict[str, Any]) -> str:
 def _detection(calibration: "Calibration") -> list[tuple[str, str]]:
     promised, realized = calibration.predicted_fpr, calibration.realized_fpr
     name = calibration.data.get("name", "held-out images")
-    guarantee = calibration.guarantee
+    guarantee: str = calibration.guarantee
     if calibration.delta is not None:
         guarantee += f", with probability {1 - calibration.delta:g}"
     facts = [
@@ -127,9 +127,9 @@ def _norms(calibration: "Calibration") -> list[tuple[str, "RadiusCalibration"]]:
 def _radius(radii: "RadiusCalibration") -> str:
     inside = radii.violations
     text = (
-        f"mean {radii.mean_radius:.4g}, {radii.tightness:.2f} of the way to the nearest attack; attacked inside: "
-        f"{inside.value:.2%} of {inside.n} (below {inside.upper:.2%} with {inside.level:.0%} confidence). Estimate"
+        f"mean {radii.mean_radius:.4g}, {radii.tightness:.2f} of the way to the nearest attack found; attacked "
+        f"inside: {inside.value:.2%} of {inside.n}, surely below {inside.upper:.2%}; an estimate"
     )
     if radii.conformal is not None:
-        text += f"; conformal radii at alpha {radii.conformal.alpha:g}"
+        text += f"; conformal ones at alpha {radii.conformal.alpha:g}"
     return text

@@ -62,7 +62,8 @@ def _check_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UsageError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another by --port or --host."
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another by --port or "
+            "--host."
         ) from error
 
 
