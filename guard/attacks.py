@@ -7,6 +7,7 @@ in the l2 or linf norm. `clip` keeps attacked images in [0, 1]; radii speak of e
 checks leave it off.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -53,7 +54,7 @@ def column(values: NDArray[np.float64] | Floats) -> Floats:
 
 def length(vectors: Floats, norm: Norm) -> NDArray[np.float64]:
     """Per-image norm (B,) of vectors (B, C, H, W)."""
-    flat = vectors.reshape(len(vectors), -1).astype(np.float64)
+    flat = _flat(vectors)
     if norm == "l2":
         return np.asarray(np.sqrt(np.einsum("bi,bi->b", flat, flat)), dtype=np.float64)
     return np.asarray(np.abs(flat).max(axis=1, initial=0.0), dtype=np.float64)
@@ -63,15 +64,17 @@ def dual_length(vectors: Floats, norm: Norm) -> NDArray[np.float64]:
     """Per-image dual norm (B,): l2 for l2, l1 for linf."""
     if norm == "l2":
         return length(vectors, "l2")
-    return np.asarray(
-        np.abs(vectors.reshape(len(vectors), -1)).sum(axis=1, dtype=np.float64), dtype=np.float64
-    )
+    return np.asarray(np.abs(_flat(vectors)).sum(axis=1), dtype=np.float64)
 
 
 def inner(left: Floats, right: Floats) -> NDArray[np.float64]:
     """Per-image inner products (B,)."""
-    pair = left.reshape(len(left), -1).astype(np.float64), right.reshape(len(right), -1).astype(np.float64)
-    return np.asarray(np.einsum("bi,bi->b", *pair), dtype=np.float64)
+    return np.asarray(np.einsum("bi,bi->b", _flat(left), _flat(right)), dtype=np.float64)
+
+
+def _flat(vectors: Floats) -> NDArray[np.float64]:
+    """(B, C, H, W) as float64 (B, C * H * W), B = 0 too."""
+    return vectors.reshape(len(vectors), int(np.prod(vectors.shape[1:]))).astype(np.float64)
 
 
 def steepest(gradient: Floats, norm: Norm) -> Floats:
@@ -149,7 +152,7 @@ def pgd(
             logits, values, gradient = model.loss_gradient(points, labels[rows], loss)
             keep(rows, points, logits, values)
             if step < steps:
-                rate = budget[rows] * (1.0 - 0.9 * step / max(1, steps - 1))
+                rate = _rate(budget[rows], step, steps)
                 shift = project(
                     points - images[rows] + column(rate) * steepest(gradient, norm), budget[rows], norm
                 )
@@ -227,35 +230,126 @@ def minimum_norm(
     return Found(best, success, distance)
 
 
-def remainder_ascent(
+@dataclass(frozen=True)
+class Remainder:
+    """Largest remainders found (B,), the perturbations that reach them (B, C, H, W), and the longest gradient
+    of the loss met on the way, in the dual norm (B,).
+    """
+
+    value: NDArray[np.float64]
+    shift: Floats
+    slope: NDArray[np.float64]
+
+
+def largest_remainder(
     model: Differentiable,
     images: Floats,
     labels: Labels,
     base_loss: NDArray[np.float64],
     base_gradient: Floats,
-    starts: list[Floats],
+    starts: Sequence[Floats],
     eps: NDArray[np.float64],
     *,
     norm: Norm,
     steps: int = 20,
-    first: float = 1.0,
-    last: float = 0.1,
-) -> tuple[NDArray[np.float64], Floats]:
-    """Max over ||v|| <= eps of l(x + v) - l(x) - <v, grad l(x)>, by projected ascent; remainders (B,) and v.
+) -> Remainder:
+    """Largest l(x + v) - l(x) - <v, ∇l(x)> over ||v|| <= eps (B,) that projected ascent finds from each
+    start.
 
-    l is the logit margin loss with class `labels` held fixed; v is free (not clipped). The remainder's
-    gradient is grad l(x + v) - grad l(x). Never below 0, which v = 0 reaches. A lower bound of the supremum.
+    l is the logit margin loss with class `labels` held fixed, `base_loss` and `base_gradient` its value and
+    gradient at the images. v is free, not clipped. The remainder's own gradient is ∇l(x + v) - ∇l(x); steps
+    fall linearly from eps to eps / 10. Never below 0, which v = 0 reaches. A lower bound of the supremum
+    (SCALE, eq. 5).
     """
-    best = np.zeros(len(images))
-    best_shift = np.zeros_like(images)
+    value = np.zeros(len(images))
+    shift = np.zeros_like(images)
+    slope = dual_length(base_gradient, norm)
     for start in starts:
-        shift = project(start, eps, norm)
+        here = project(start, eps, norm)
         for step in range(steps + 1):
-            _, values, gradient = model.loss_gradient(images + shift, labels, "margin")
-            remainder = values.astype(np.float64) - base_loss - inner(shift, base_gradient)
-            better = remainder > best
-            best[better], best_shift[better] = remainder[better], shift[better]
+            _, losses, gradient = model.loss_gradient(images + here, labels, "margin")
+            remainder = losses.astype(np.float64) - base_loss - inner(here, base_gradient)
+            better = remainder > value
+            value[better], shift[better] = remainder[better], here[better]
+            slope = np.fmax(slope, dual_length(gradient, norm))
             if step < steps:
-                rate = eps * (first + (last - first) * step / max(1, steps - 1))
-                shift = project(shift + column(rate) * steepest(gradient - base_gradient, norm), eps, norm)
-    return best, best_shift
+                here = here + column(_rate(eps, step, steps)) * steepest(gradient - base_gradient, norm)
+                here = project(here, eps, norm)
+    return Remainder(value, shift, slope)
+
+
+def row_growth(
+    model: Differentiable, images: Floats, index: Labels, *, difference: float = 0.01
+) -> tuple[Floats, Floats, Floats]:
+    """Logits (B, K), u = ∇ log p_i of class i = `index`, and ∇ log ||u||_2, both (B, C, H, W).
+
+    The gradient of a gradient's length is a Hessian-vector product, taken here as a central difference of two
+    gradients `difference` either side along u itself: bare ONNX has no second derivatives.
+    """
+    logits, _, descent = model.loss_gradient(images, index, "cross-entropy")
+    along = steepest(-descent, "l2")
+    ahead = model.loss_gradient(images + np.float32(difference) * along, index, "cross-entropy")[2]
+    behind = model.loss_gradient(images - np.float32(difference) * along, index, "cross-entropy")[2]
+    scale = column(2 * difference * np.maximum(length(descent, "l2"), TINY))
+    return logits, -descent, np.asarray((behind - ahead) / scale, dtype=np.float32)
+
+
+def longest_row(
+    model: Differentiable,
+    images: Floats,
+    index: Labels,
+    eps: float,
+    *,
+    steps: int = 8,
+) -> NDArray[np.float64]:
+    """Largest ||u_i||_2 (B,), u_i = ∇ log p_i of class i = `index`, that ascent finds within l2 distance eps.
+
+    Attacked images stay in [0, 1]. u_i p_i is row i of the Jacobian of the probabilities. At least the length
+    at the image itself.
+    """
+    budget = np.full(len(images), eps)
+    best = np.zeros(len(images))
+    points = images
+    for step in range(steps):
+        _, row, growth = row_growth(model, points, index)
+        best = np.fmax(best, length(row, "l2"))
+        moved = points - images + column(_rate(budget, step, steps)) * steepest(growth, "l2")
+        points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
+    return np.fmax(best, length(model.loss_gradient(points, index, "cross-entropy")[2], "l2"))
+
+
+def hide_row(model: Differentiable, images: Floats, eps: float, *, steps: int = 8) -> Floats:
+    """Images within l2 distance eps whose third row is long while the rows of the two top classes are short.
+
+    Aimed at a detector that computes two rows of the Jacobian: ascent on log p_k ||u_k|| of the third most
+    probable class k minus that of the longer of the first two. Returns the images (B, C, H, W) in [0, 1]
+    where that difference was largest.
+    """
+    budget = np.full(len(images), eps)
+    best, best_value = images.copy(), np.full(len(images), -np.inf)
+    points = images
+    for step in range(steps):
+        logits = model.logits(points).astype(np.float64)
+        order = np.argsort(-logits, axis=1, kind="stable")
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        sizes, pulls = [], []
+        for place in range(3):
+            index = order[:, min(place, order.shape[1] - 1)].astype(np.int64)
+            _, row, growth = row_growth(model, points, index)
+            log_p = np.take_along_axis(log_probabilities, index[:, None], axis=1)[:, 0]
+            sizes.append(log_p + np.log(np.maximum(length(row, "l2"), TINY)))
+            pulls.append(row + growth)
+        first = sizes[0] >= sizes[1]
+        value = sizes[2] - np.where(first, sizes[0], sizes[1])
+        better = value > best_value
+        best[better], best_value[better] = points[better], value[better]
+        pull = pulls[2] - np.where(first.reshape(-1, 1, 1, 1), pulls[0], pulls[1])
+        moved = points - images + column(_rate(budget, step, steps)) * steepest(pull, "l2")
+        points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
+    return best
+
+
+def _rate(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:
+    """Step lengths (B,), falling linearly from eps to eps / 10."""
+    return eps * (1.0 - 0.9 * step / max(1, steps - 1))

@@ -85,8 +85,8 @@ class OmegaTable:
         bins = len(self.edges) + 1
         if self.values.shape != (bins, len(self.eps)) or self.reach.shape != (bins,) or not len(self.eps):
             raise CalibrationError(
-                f"omega table: values {self.values.shape} and reach {self.reach.shape} do not fit {bins} bins "
-                f"of {len(self.eps)} eps. Calibrate again."
+                f"omega table: values {self.values.shape} and reach {self.reach.shape} do not fit {bins} "
+                f"bins of {len(self.eps)} eps. Calibrate again."
             )
         parts = (self.eps, self.values, self.reach, self.edges)
         if not all(np.isfinite(part).all() for part in parts) or min(self.values.min(), self.reach.min()) < 0:

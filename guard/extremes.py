@@ -96,10 +96,9 @@ def fit(maxima: ArrayLike, exceedance: float = EXCEEDANCE) -> Extreme:
 
 
 def _fit_gev(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Maximum-likelihood (shape xi, location, scale) from several starts; NaN where none converges."""
-    best = (math.inf, math.nan, math.nan, math.nan)
-    gumbel_scale = math.sqrt(6) / math.pi * float(values.std())
-    gumbel_location = float(values.mean()) - 0.5772156649 * gumbel_scale
+    """Maximum-likelihood (shape xi, location, scale) of sorted values; NaN where the search does not
+    converge.
+    """
 
     def loss(parameters: NDArray[np.float64]) -> float:
         shape, location, log_scale = (float(part) for part in parameters)
@@ -107,19 +106,44 @@ def _fit_gev(values: NDArray[np.float64]) -> tuple[float, float, float]:
         if abs(shape) < 1e-8:
             return float((z + np.exp(-z)).sum()) + values.size * log_scale
         base = 1 + shape * z
-        if base.min() <= 0:
+        if base[0] <= 0 or base[-1] <= 0:
             return 1e10  # a maximum outside the support
         y = np.log(base) / shape
         with np.errstate(over="ignore"):
             return float(((1 + shape) * y + np.exp(-y)).sum()) + values.size * log_scale
 
-    for start in (0.01, -0.2, 0.2):
+    for start in (_moments(values), (0.01, *_gumbel(values))):
+        shape, location, scale = start
         found = optimize.minimize(
             loss,
-            np.array([start, gumbel_location, math.log(gumbel_scale)]),
+            np.array([shape, location, math.log(scale)]),
             method="Nelder-Mead",
-            options={"xatol": 1e-6, "fatol": 1e-8, "maxiter": 2000},
+            options={"xatol": 1e-5, "fatol": 1e-7, "maxiter": 1000},
         )
-        if found.fun < best[0]:
-            best = (float(found.fun), float(found.x[0]), float(found.x[1]), math.exp(float(found.x[2])))
-    return best[1:] if best[0] < 1e10 else (math.nan, math.nan, math.nan)
+        if found.success and found.fun < 1e10:
+            return float(found.x[0]), float(found.x[1]), math.exp(float(found.x[2]))
+    return math.nan, math.nan, math.nan
+
+
+def _gumbel(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Location and scale of a Gumbel law of the same mean and deviation."""
+    scale = math.sqrt(6) / math.pi * float(values.std())
+    return float(values.mean()) - float(np.euler_gamma) * scale, scale
+
+
+def _moments(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Shape, location and scale from probability-weighted moments (Hosking, Wallis & Wood 1985) of sorted
+    values.
+    """
+    n = values.size
+    rank = np.arange(n)
+    b0 = float(values.mean())
+    b1 = float((values * rank).sum() / (n * (n - 1)))
+    b2 = float((values * rank * (rank - 1)).sum() / (n * (n - 1) * (n - 2)))
+    c = (2 * b1 - b0) / (3 * b2 - b0) - math.log(2) / math.log(3)
+    k = 7.8590 * c + 2.9554 * c * c  # minus the shape
+    if not abs(k) < 0.9 or abs(k) < 1e-6:
+        return 0.01, *_gumbel(values)
+    gamma = math.gamma(1 + k)
+    scale = (2 * b1 - b0) * k / (gamma * (1 - 2**-k))
+    return -k, b0 + scale * (gamma - 1) / k, scale

@@ -1,0 +1,94 @@
+"""The calibration's part of a bundle's `card.md`: what was promised and measured, and by which command."""
+
+import re
+import shlex
+from typing import Any
+
+from guard.bundle import Calibration, RadiusCalibration, Share
+
+HEADING = "## Calibration"
+
+_SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+
+def with_calibration(text: str, calibration: Calibration) -> str:
+    """The card with its section on calibration replaced, or added at the end."""
+    section = calibration_section(calibration)
+    if _SECTION.search(text):
+        return _SECTION.sub(lambda _: section, text)
+    return f"{text.rstrip()}\n\n{section}" if text.strip() else section
+
+
+def calibration_section(calibration: Calibration) -> str:
+    """Detection and radii in Markdown, from the heading on."""
+    realized, predicted = calibration.realized_fpr, calibration.predicted_fpr
+    promise = (
+        "on average over calibration sets"
+        if calibration.delta is None
+        else f"with probability {1 - calibration.delta:g} over calibration sets"
+    )
+    data = calibration.data
+    lines = [
+        HEADING,
+        "",
+        f"On {data['n']} images of `{data['name']}` (sha256 `{data['digest']}`), split into the folds "
+        + ", ".join(f"{name} ({size})" for name, size in calibration.folds.items())
+        + f" with seed {calibration.seed}. Figures come from the report fold, to which nothing was fitted.",
+        "",
+        f"    {_command(calibration.provenance.get('arguments', {}))}",
+        "",
+        "| detection | |",
+        "|---|---|",
+        f"| score | {calibration.score} |",
+        f"| threshold | {calibration.threshold:.6g}, from {calibration.n} images |",
+        f"| promised false positive rate | at most {calibration.fpr:.1%}, {promise} |",
+        (
+            f"| predicted on the report fold ({predicted.level:.0%}) "
+            f"| {predicted.lower:.1%} to {predicted.upper:.1%} |"
+        ),
+        f"| realized | {_share(realized)} |",
+    ]
+    if calibration.accuracy is not None:
+        lines.append(f"| accuracy | {_share(calibration.accuracy)} |")
+    lines += [
+        f"| same decision as the full Jacobian's, {entry.images} | {entry.agree} of {entry.n} |"
+        for entry in calibration.agreement
+    ]
+    pairs = [("l2", calibration.l2), ("linf", calibration.linf)]
+    rows: list[tuple[str, list[str]]] = [
+        ("mean omega-bound radius (estimate)", [f"{radii.mean_radius:.4f}" for _, radii in pairs]),
+        ("mean smallest attack distance", [f"{radii.mean_distance:.4f}" for _, radii in pairs]),
+        ("tightness: the first over the second", [f"{radii.tightness:.2f}" for _, radii in pairs]),
+        ("attacks succeed inside the radius", [_violations(radii) for _, radii in pairs]),
+        ("mean conformal radius's scale, alpha", [_conformal(radii) for _, radii in pairs]),
+    ]
+    lines += ["", "| radii, accepted images, pixels in [0, 1] | l2 | linf |", "|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _share(share: Share) -> str:
+    return (
+        f"{share.value:.2%} ({share.count} of {share.n}; 95% interval {share.lower:.2%} to {share.upper:.2%})"
+    )
+
+
+def _violations(radii: RadiusCalibration) -> str:
+    share = radii.violations
+    return f"{share.count} of {share.n} (at most {share.upper:.2%} with {share.level:.0%} confidence)"
+
+
+def _conformal(radii: RadiusCalibration) -> str:
+    scale = radii.conformal
+    return "none" if scale is None else f"{scale.kappa:.3f} of the first-order radius, {scale.alpha:g}"
+
+
+def _command(arguments: dict[str, Any]) -> str:
+    """The command line that `arguments` came from; defaults are written out."""
+    words = ["guard", "calibrate"]
+    if arguments.get("bundle"):
+        words.append(str(arguments["bundle"]))
+    for name, value in sorted(arguments.items()):
+        if name not in ("bundle",) and value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)

@@ -1,0 +1,319 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from guard import attacks, bundle, calibration, data, fitting
+from guard.bundle import CALIBRATION, CARD, MANIFEST, MODEL, InputShape, Manifest
+from guard.calibration import Settings, calibrate
+from guard.card import HEADING, with_calibration
+from guard.cli import main
+from guard.data import Dataset
+from guard.decision import Guard
+from guard.errors import BundleError, CalibrationError, DataError
+from guard.files import write_bytes
+from guard.fitting import Effort
+from guard.runtime import Detector
+from guard.settings import Policy
+from guard.statistics import conformal_rank
+
+SHAPE = (3, 8, 8)
+QUICK = Effort(
+    omega_images=40,
+    bin_images=20,
+    blocks=10,
+    starts=2,
+    steps=3,
+    row_images=10,
+    row_steps=2,
+    violation_images=40,
+    violation_steps=3,
+    violation_restarts=1,
+    distance_images=40,
+    distance_steps=8,
+    agreement_images=20,
+)
+
+
+def make_bundle(folder: Path, model: onnx.ModelProto, shape: tuple[int, int, int] = SHAPE) -> Path:
+    folder.mkdir(parents=True)
+    write_bytes(folder / MODEL, model.SerializeToString())
+    channels, height, width = shape
+    classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    manifest = Manifest(
+        name=folder.name,
+        input=InputShape(channels=channels, height=height, width=width),
+        class_names=[f"class {index}" for index in range(classes)],
+        files=bundle.digests(folder),
+    )
+    write_bytes(folder / MANIFEST, bundle.dump(manifest))
+    return folder
+
+
+def make_data(
+    model: onnx.ModelProto, count: int, shape: tuple[int, int, int] = SHAPE, seed: int = 0
+) -> Dataset:
+    """Random images, labelled by the model itself but for one in ten."""
+    channels, height, width = shape
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+    labels = Detector(model, provider="cpu").logits(data.to_floats(images)).argmax(axis=1).astype(np.int64)
+    labels[::10] = (labels[::10] + 1) % 3
+    names = tuple(
+        f"class {index}" for index in range(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
+    )
+    return Dataset("noise", images, labels, names, data.digest_of(images, labels))
+
+
+@pytest.fixture(scope="module")
+def network() -> onnx.ModelProto:
+    return networks.convolutional(classes=5, scale=20.0)
+
+
+@pytest.fixture(scope="module")
+def noise(network: onnx.ModelProto) -> Dataset:
+    return make_data(network, 400)
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    network: onnx.ModelProto, noise: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, bundle.Calibration]:
+    folder = make_bundle(tmp_path_factory.mktemp("calibrated") / "net", network)
+    return folder, calibrate(
+        folder, noise, effort=QUICK, arguments={"val": "noise", "fpr": 0.05}, silent=True
+    )
+
+
+def test_record_is_complete_and_loads(calibrated: tuple[Path, bundle.Calibration], noise: Dataset) -> None:
+    folder, made = calibrated
+    loaded = bundle.load(folder, graph_version=made.graph_version)
+    assert loaded.calibration == made
+    assert made.folds == {"threshold": 100, "radii": 60, "conformal": 40, "report": 200}
+    assert made.data == {"name": "noise", "n": 400, "digest": noise.digest}
+    assert made.n == 100
+    assert sum(made.histogram.counts) == 100
+    assert made.accuracy is not None
+    assert made.accuracy.value == pytest.approx(0.9, abs=0.06)
+    assert made.provenance["arguments"] == {"val": "noise", "fpr": 0.05}
+    assert made.provenance["effort"]["omega_images"] == 40
+    assert {entry.images for entry in made.agreement} == {
+        "clean",
+        "minimum-norm l2",
+        "PGD l2 at twice the median distance",
+        "third row hidden",
+    }
+    assert all(entry.n == 20 and entry.agree == 20 for entry in made.agreement)
+    for radii in (made.l2, made.linf):
+        assert len(radii.omega.values) == 2
+        assert (np.diff(radii.omega.values, axis=1) >= 0).all()
+        assert radii.violations.n == 40
+        assert 0 < radii.mean_radius < radii.mean_distance
+        assert radii.ablation["l_bound"] <= radii.ablation["first_order"]
+        assert radii.conformal is None  # alpha = 0.01 needs 99 accepted images
+    assert not list(folder.parent.glob(".net*"))
+
+
+def test_threshold_is_the_ranked_full_jacobian_score(
+    calibrated: tuple[Path, bundle.Calibration], network: onnx.ModelProto, noise: Dataset
+) -> None:
+    _, made = calibrated
+    part = data.folds(400, 0)["threshold"]
+    full = Detector(network, score="jacobian-full", provider="cpu")
+    scores = np.sort(full.measure(data.to_floats(noise.images[part])).jacobian.astype(float))
+    assert made.threshold == pytest.approx(scores[conformal_rank(100, 0.05) - 1], rel=1e-5)
+
+
+def test_realized_rate_is_that_of_the_served_decisions(
+    calibrated: tuple[Path, bundle.Calibration], noise: Dataset
+) -> None:
+    folder, made = calibrated
+    report = data.to_floats(noise.images[data.folds(400, 0)["report"]])
+    decisions = Guard.from_bundle(folder, "cpu", policy=Policy()).classify(report)
+    assert made.realized_fpr.count == sum(not decision.accepted for decision in decisions)
+    assert made.realized_fpr.n == 200
+    predicted = made.predicted_fpr
+    assert predicted.lower <= made.realized_fpr.value <= predicted.upper
+
+
+@pytest.mark.parametrize("score", ["combined", "radius", "margin-gradient", "jacobian-full"])
+def test_every_score_calibrates_on_itself(
+    score: Any, network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    made = calibrate(folder, noise, Settings(score=score), QUICK, silent=True)
+    report = data.to_floats(noise.images[data.folds(400, 0)["report"]])
+    decisions = Guard.from_bundle(folder, "cpu", policy=Policy()).classify(report)
+    assert made.realized_fpr.count == sum(not decision.accepted for decision in decisions)
+    assert 0.005 <= made.realized_fpr.value <= 0.12
+    assert bool(made.agreement) == (score == "combined")
+    assert [test.name for test in made.tests] == (["jacobian", "radius"] if score == "combined" else [])
+    if score == "combined":
+        assert made.threshold == 1
+        assert all(0 < test.threshold < np.inf for test in made.tests)
+
+
+def test_pac_rejects_fewer_than_marginal(network: onnx.ModelProto, noise: Dataset, tmp_path: Path) -> None:
+    made = calibrate(
+        make_bundle(tmp_path / "pac", network),
+        noise,
+        Settings(guarantee="pac", delta=0.05),
+        QUICK,
+        silent=True,
+    )
+    assert made.guarantee == "pac"
+    assert made.delta == 0.05
+    part = data.folds(400, 0)["threshold"]
+    full = Detector(network, score="jacobian-full", provider="cpu")
+    scores = np.sort(full.measure(data.to_floats(noise.images[part])).jacobian.astype(float))
+    # Wilks: with 93 to 123 images one may lie above.
+    assert made.threshold == pytest.approx(scores[98], rel=1e-5)
+
+
+def test_linear_model_gets_exact_radii(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
+    model = networks.linear(weight, shape=(1, 3, 4))
+    folder = make_bundle(tmp_path / "linear", model, (1, 3, 4))
+    made = calibrate(folder, make_data(model, 300, (1, 3, 4)), effort=QUICK, silent=True)
+    difference = (weight[0] - weight[1]).astype(float)
+    for radii, size in ((made.l2, np.linalg.norm(difference)), (made.linf, np.abs(difference).sum())):
+        assert np.array(radii.omega.values) == pytest.approx(0, abs=1e-3)
+        assert radii.lipschitz == pytest.approx(size, rel=1e-3)
+        assert radii.violations.count == 0
+        assert radii.tightness == pytest.approx(1, abs=0.02)
+
+
+def test_interrupted_run_goes_on_where_it_stopped(
+    network: onnx.ModelProto,
+    noise: Dataset,
+    calibrated: tuple[Path, bundle.Calibration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attacks, "pgd", stop)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(folder, noise, effort=QUICK, silent=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (scratch,) = tmp_path.glob(".net.calibrating-*")
+    finished = {path.name for path in scratch.iterdir()}
+    assert any(name.startswith("omega-l2") for name in finished)
+    next(iter(scratch.glob("scores-threshold-*"))).write_bytes(b"broken")  # it is computed again
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "longest_rows", stop)  # its stage was finished: not called again
+        made = calibrate(folder, noise, effort=QUICK, arguments={"val": "noise", "fpr": 0.05}, silent=True)
+    uninterrupted = calibrated[1]
+    same = made.provenance | {"commit": uninterrupted.provenance["commit"]}  # others may commit meanwhile
+    assert made.model_copy(update={"provenance": same}) == uninterrupted
+    assert not list(tmp_path.glob(".net.*"))
+
+
+def test_unlabelled_images_are_enough(network: onnx.ModelProto, noise: Dataset, tmp_path: Path) -> None:
+    unlabelled = Dataset("noise", noise.images, None, (), "0" * 64)
+    made = calibrate(make_bundle(tmp_path / "net", network), unlabelled, effort=QUICK, silent=True)
+    assert made.accuracy is None
+
+
+@pytest.mark.parametrize(("count", "message"), [(3, "too few to split"), (75, "at least 19"), (76, "")])
+def test_too_few_images(
+    count: int, message: str, network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    few = data.take(noise, slice(count))
+    if message:
+        with pytest.raises(CalibrationError, match=message):
+            calibrate(folder, few, effort=QUICK, silent=True)
+    else:
+        assert calibrate(folder, few, effort=QUICK, silent=True).n == 19
+
+
+def test_images_of_another_size_are_refused(network: onnx.ModelProto, tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    wrong = Dataset("wide", np.zeros((100, 8, 9, 3), np.uint8), None, (), "")
+    with pytest.raises(DataError, match=r"3 x 8 x 9.* takes 3 x 8 x 8"):
+        calibrate(folder, wrong, effort=QUICK, silent=True)
+
+
+def test_a_model_that_gives_nan_is_refused_and_the_bundle_stays(noise: Dataset, tmp_path: Path) -> None:
+    broken = networks.convolutional(classes=5)
+    for tensor in broken.graph.initializer:
+        if tensor.name == "head_bias":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(5, np.nan, np.float32), "head_bias"))
+    folder = make_bundle(tmp_path / "net", broken)
+    with pytest.raises(CalibrationError, match="not finite"):
+        calibrate(folder, noise, effort=QUICK, silent=True)
+    assert not (folder / CALIBRATION).exists()
+    assert bundle.load(folder).calibration is None
+
+
+def test_a_changed_model_is_refused(network: onnx.ModelProto, noise: Dataset, tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    (folder / MODEL).write_bytes(networks.convolutional(seed=9, classes=5).SerializeToString())
+    with pytest.raises(BundleError, match="does not match the manifest"):
+        calibrate(folder, noise, effort=QUICK, silent=True)
+
+
+def test_card_has_one_section_however_often_it_is_written(
+    calibrated: tuple[Path, bundle.Calibration],
+) -> None:
+    folder, made = calibrated
+    card = (folder / CARD).read_text()
+    assert "guard calibrate --fpr 0.05 --val noise" in card
+    once = with_calibration("# net\n\nWords.\n\n## Licence\n\nFree.\n", made)
+    assert with_calibration(once, made) == once
+    assert once.startswith("# net\n\nWords.\n\n## Licence\n\nFree.\n")
+    assert once.count(HEADING) == 1
+    between = with_calibration(f"# net\n\n{HEADING}\n\nStale figures.\n\n## Licence\n", made)
+    assert "Stale" not in between
+    assert between.endswith("## Licence\n")
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(1e-3, 1e4))
+def test_histogram_loses_no_score(values: list[float], threshold: float) -> None:
+    scores: NDArray[np.float64] = np.array(values)
+    found = calibration.histogram(scores, threshold)
+    assert sum(found.counts) == len(values)
+    assert len(found.edges) == len(found.counts) + 1
+    assert (np.diff(found.edges) > 0).all()
+
+
+def test_histogram_leaves_out_what_is_not_finite() -> None:
+    found = calibration.histogram(np.array([0.5, np.nan, np.inf]), 1.0)
+    assert sum(found.counts) == 1
+
+
+def test_command_line(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    few = data.take(noise, slice(80))
+    assert few.labels is not None
+    archive = tmp_path / "few.npz"
+    np.savez(archive, x_test=few.images, y_test=few.labels, class_names=np.array(few.class_names))
+    assert main(["calibrate", str(folder), "--val", str(archive), "--effort", "0.05", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["n"] == 20
+    assert record["realized_fpr"]["n"] == 40
+    assert bundle.load(folder).calibrated().threshold == record["threshold"]
+    assert (
+        main(["calibrate", str(folder), "--val", str(archive), "--effort", "0.05", "--score", "radius"]) == 0
+    )
+    assert "radius threshold" in capsys.readouterr().out
+    assert main(["calibrate", str(folder), "--val", str(tmp_path / "absent.npz")]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert main(["calibrate", str(folder), "--val", str(archive), "--fpr", "5"]) == 2
+    assert main(["calibrate", str(folder)]) == 2
