@@ -133,7 +133,10 @@ class Worker:
             # without onnxruntime.
             from guard.decision import Guard
 
-            guard = Guard.from_bundle(self.path)
+            # Processes share the cores; alone, onnxruntime takes them all.
+            workers = self.settings.workers
+            threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
+            guard = Guard.from_bundle(self.path, threads=threads)
             self._warm_up(guard)
             found = samples.load(self.path)
         except GuardError as error:
@@ -181,7 +184,8 @@ class Worker:
         """What `/model` says."""
         guard = self.guard
         manifest, calibration, policy = guard.bundle.manifest, guard.calibration, guard.policy
-        unneeded: dict[str, Any] = {"provenance": True, "l2": {"omega"}, "linf": {"omega"}}
+        fits = {"omega", "omega_fits", "lipschitz_fit"}
+        unneeded: dict[str, Any] = {"provenance": True, "row_fit": True, "l2": fits, "linf": fits}
         return ModelAnswer(
             name=manifest.name,
             digest=guard.bundle.digest,

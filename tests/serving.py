@@ -50,7 +50,7 @@ def calibration(digest: str, **changes: Any) -> Calibration:
     share = {"count": 5, "n": 100, "value": 0.05, "upper": 0.1, "lower": 0.01, "level": 0.95}
     radii = {
         "lipschitz": 5.0,
-        "omega": {"eps": [0.5, 1.0, 2.0], "edges": [], "values": [[0.0, 0.0, 0.0]]},
+        "omega": {"eps": [0.5, 1.0, 2.0], "edges": [], "values": [[0.0, 0.0, 0.0]], "reach": [2.0]},
         "violations": share | {"count": 1, "value": 0.01, "upper": 0.047},
         "mean_radius": 0.2,
         "mean_distance": 0.4,

@@ -213,7 +213,7 @@ function show(answer) {
   }
   const name = DETECTORS[answer.detector.name] ?? answer.detector.name;
   byId("plot-caption").textContent =
-    `${name}. Bars: clean images from calibration, ${short(fpr)} of them beyond the threshold.`;
+    `${name}. Bars: clean images from calibration (square-root scale), ${short(fpr)} of them beyond the threshold.`;
   plot();
 
   byId("radii").replaceChildren(
