@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -670,6 +671,25 @@ def test_clean_rejection_is_unknown_without_a_histogram_and_absent_without_a_dem
     record = calibration("0" * 64)
     assert clean_rejection(record, Policy()) is None
     assert clean_rejection(record, Policy(min_radius_l2=0.1)) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Policy(min_radius_l2=0.2), (0.3, 0.3)),
+        (Policy(min_radius_l2=0.25), (0.3, 0.6)),
+        (Policy(min_radius_l2=9.0), (1.0, 1.0)),
+        (Policy(min_radius_l2=0.01), (0.1, 0.3)),
+        (Policy(min_radius_l2=0.2, min_radius_linf=0.2), (0.3, 0.5)),
+    ],
+)
+def test_clean_rejection_bounds_what_detector_and_radii_reject(
+    policy: Policy, expected: tuple[float, float]
+) -> None:
+    # A tenth is rejected by the detector and lies, with radius 0, in the first bin.
+    radii = SimpleNamespace(histogram=SimpleNamespace(edges=[0.0, 0.2, 0.4, 1.0], counts=[30, 30, 40]))
+    record: Any = SimpleNamespace(realized_fpr=SimpleNamespace(value=0.1), l2=radii, linf=radii)
+    assert clean_rejection(record, policy) == pytest.approx(expected)
 
 
 def test_codes_cover_the_contracts_statuses() -> None:
