@@ -1,0 +1,260 @@
+"""Labelled images as arrays, without torch: data sets known by name, `.npz` files and folders of images."""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from guard import images as uploads
+from guard.archives import ARCHIVES, FORMAT, fetch
+from guard.errors import DataError, ImageError
+
+Split = Literal["train", "test"]
+Decode = Callable[[bytes], NDArray[np.float32]]
+
+FOLDS = {"threshold": 0.25, "radii": 0.15, "conformal": 0.10, "report": 0.50}
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and what is known of them.
+
+    `images` is uint8 (N, H, W, C), N at least 1; `labels` int64 (N,), numbers of `class_names`, or None where
+    unlabelled (`class_names` is then empty); `digest` the hexadecimal sha256 of images and labels.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def cache_folder() -> Path:
+    """Where known data sets lie: `$GUARD_DATA`, else `guard` in the user's cache folder."""
+    chosen = os.environ.get("GUARD_DATA")
+    if chosen:
+        return Path(chosen)
+    import pooch
+
+    return Path(pooch.os_cache("guard"))
+
+
+def load(source: str | Path, split: Split = "test", *, decode: Decode | None = None) -> Dataset:
+    """Reads one split of a data set.
+
+    `source` is a known name (cifar10, cifar100, mnist, fashion-mnist: `<name>.npz` in the cache folder,
+    fetched there once where absent), the path of an `.npz` file of the same arrays, or a folder of images:
+    one sub-folder per class, whose name is the class's, or images alone, which then have no labels. A folder
+    is taken whole for either split unless it has a sub-folder of the split's name.
+
+    `decode` turns the bytes of a folder's image into float32 (C, H, W) in [0, 1]; without it images become
+    RGB at their own size, which must be the same for all.
+
+    Raises `DataError` where there is no such data, or it is not what it should be.
+    """
+    path = Path(source)
+    if path.is_dir():
+        inner = path / split
+        return _from_folder(inner if inner.is_dir() else path, path.name or "images", decode)
+    if path.suffix == ".npz":
+        return _from_npz(path, path.stem, split)
+    name = str(source)
+    if name not in ARCHIVES:
+        raise DataError(
+            f"{name!r} is neither a folder, nor an .npz file, nor a known data set ({', '.join(ARCHIVES)})."
+        )
+    path = cache_folder() / f"{name}.npz"
+    if not path.is_file():
+        fetch(name, path)
+    return _from_npz(path, name, split)
+
+
+def test_split(source: str | Path, training: Dataset) -> Dataset | None:
+    """The labelled test split beside a training split; None where there is none of its own.
+
+    Raises what `load` raises where it is there and is not what it should be.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return load(path, "test") if (path / "test").is_dir() else None
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            if "x_test" not in archive:
+                return None
+    test = load(source, "test")
+    return None if test.labels is None else aligned(test, training.class_names)
+
+
+def folds(n: int, seed: int) -> dict[str, NDArray[np.int64]]:
+    """Splits n images at random into disjoint folds: `threshold` (25%), `radii` (15%), `conformal` (10%) and
+    `report` (at least half). Each is an ascending array of indices, the same for the same (n, seed).
+
+    The folds' shares are fixed so that no choice can look at the report fold.
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    cuts = np.floor(np.cumsum([share for name, share in FOLDS.items() if name != "report"]) * n + 1e-9)
+    parts = np.split(order, cuts.astype(np.int64))
+    return {name: np.sort(part) for name, part in zip(FOLDS, parts, strict=True)}
+
+
+def take(dataset: Dataset, indices: NDArray[np.int64] | slice) -> Dataset:
+    """The images at `indices`; the digest stays that of the whole."""
+    labels = None if dataset.labels is None else dataset.labels[indices]
+    return replace(dataset, images=dataset.images[indices], labels=labels)
+
+
+def to_floats(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], contiguous."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
+
+
+def aligned(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """The data set with its labels renumbered to a model's classes, by name.
+
+    Where the data's names are not the model's but as many, their order is taken to be the model's.
+    Raises `DataError` where neither names nor numbers fit.
+    """
+    if dataset.labels is None or tuple(class_names) == dataset.class_names:
+        return dataset
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if all(name in numbers for name in dataset.class_names):
+        table = np.array([numbers[name] for name in dataset.class_names], dtype=np.int64)
+        return replace(dataset, labels=table[dataset.labels], class_names=tuple(class_names))
+    if len(class_names) == len(dataset.class_names):
+        return replace(dataset, class_names=tuple(class_names))
+    stranger = next(name for name in dataset.class_names if name not in numbers)
+    raise DataError(
+        f"{dataset.name}: has {len(dataset.class_names)} classes, the model {len(class_names)}, and "
+        f"{stranger!r} is none of the model's. Name the class folders as the model's classes are named."
+    )
+
+
+def digest_of(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> str:
+    """Hexadecimal sha256 of the images' bytes, then the labels' (little-endian int64)."""
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _from_npz(path: Path, name: str, split: Split) -> Dataset:
+    x, y = f"x_{split}", f"y_{split}"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if x not in archive:
+                raise DataError(
+                    f"{path}: has no array {x!r}, only {', '.join(archive.files)}. Expected {FORMAT}."
+                )
+            images = archive[x]
+            labels = archive.get(y)
+            names = archive.get("class_names")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file.") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: not a sound .npz file of plain arrays ({error}). Expected {FORMAT}."
+        ) from error
+    if images.ndim == 3:  # grey images without the channel axis, as Keras stores MNIST
+        images = images[..., np.newaxis]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise DataError(
+            f"{path}: {x} is {images.dtype} {images.shape}; expected uint8 (N, H, W, C) with 1 or 3 channels."
+        )
+    if not images.size:
+        raise DataError(f"{path}: {x} holds no image, its shape is {images.shape}.")
+    if labels is None:
+        return Dataset(name, images, None, (), digest_of(images, None))
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras stores CIFAR
+        labels = labels[:, 0]
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: {y} is {labels.dtype} {labels.shape}; expected {len(images)} integers.")
+    labels = labels.astype(np.int64)
+    class_names = tuple(str(n) for n in (range(int(labels.max()) + 1) if names is None else names))
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise DataError(
+            f"{path}: {y} runs from {labels.min()} to {labels.max()}; expected numbers of {len(class_names)} "
+            "classes, from 0."
+        )
+    return Dataset(name, images, labels, class_names, digest_of(images, labels))
+
+
+def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = _images_in(folder)
+    if classes and loose:
+        raise DataError(
+            f"{folder}: holds images ({loose[0].name}, ...) beside folders ({classes[0].name}, ...). "
+            "Expected one folder per class with the images inside, or images alone."
+        )
+    members = [_images_in(one) for one in classes] if classes else [loose]
+    for one, files in zip(classes or [folder], members, strict=True):
+        if not files:
+            raise DataError(f"{one}: holds no image ({', '.join(sorted(SUFFIXES))}).")
+    paths = [file for files in members for file in files]
+    images = np.empty(0, np.uint8)
+    for index, file in enumerate(paths):
+        image = _read_image(file, decode)
+        if index == 0:
+            images = np.empty((len(paths), *image.shape), np.uint8)
+        elif image.shape != images.shape[1:]:
+            raise DataError(
+                f"{file}: is {_size(image.shape)}, the images before it are {_size(images.shape[1:])}. "
+                "Bring all to one size."
+            )
+        images[index] = image
+    if not classes:
+        return Dataset(name, images, None, (), digest_of(images, None))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in members])
+    return Dataset(name, images, labels, tuple(one.name for one in classes), digest_of(images, labels))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def _read_image(file: Path, decode: Decode | None) -> NDArray[np.uint8]:
+    """One image as uint8 (H, W, C)."""
+    try:
+        data = file.read_bytes()
+        pixels = _decode_whole(data) if decode is None else decode(data)
+    except ImageError as error:
+        raise DataError(f"{file}: {error}") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+    return np.rint(pixels.transpose(1, 2, 0) * 255).astype(np.uint8)
+
+
+def _decode_whole(data: bytes) -> NDArray[np.float32]:
+    """At its own size, in RGB."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            width, height = picture.size
+            if picture.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
+                width, height = height, width
+    except Exception:  # whatever a decoder trips over: the call below says what is wrong with these bytes
+        height = width = 1
+    return uploads.decode(data, (3, height, width))
+
+
+_ORIENTATION, _SIDEWAYS = 274, 5  # EXIF: from 5 on, the picture lies on its side
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]} pixels"

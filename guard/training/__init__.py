@@ -1,0 +1,1 @@
+"""Training with gradient regularizers; needs torch (`pip install guard[train]`)."""

@@ -1,0 +1,361 @@
+"""The training loop on data sets and networks of a few pixels."""
+
+import json
+import resource
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from guard.data import Dataset
+from guard.errors import DataError, TrainingError, UsageError
+from guard.training import architectures, checkpoint, loop, schedules
+from guard.training.loop import Batches, Run, Settings, channel_statistics, read_metrics, train
+
+TINY = Settings(
+    architecture="tiny",
+    regularizers=("tulip:eps=0.05,weight=0.01",),
+    epochs=2,
+    batch_size=8,
+    learning_rate=0.1,
+    padding=1,
+    cutout=2,
+    held_out=10,
+)
+
+
+def dataset(count: int = 70, seed: int = 0) -> Dataset:
+    """Three classes of 8x8 images, told apart by which channel is bright."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    images = rng.integers(0, 120, (count, 8, 8, 3))
+    images[np.arange(count), :, :, labels] += 130
+    return Dataset("colours", images.astype(np.uint8), labels, ("red", "green", "blue"), "digest")
+
+
+class WithDropout(architectures.CompactResNet):
+    """Dropout draws from torch's global random state, which a checkpoint must carry."""
+
+    def __init__(self, mean: list[float], deviation: list[float], num_classes: int) -> None:
+        super().__init__(mean, deviation, num_classes, width=2)
+        self.features.append(nn.Dropout(0.2))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", WithDropout)
+    small = partial(architectures.CompactResNet, width=4)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "small", small)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "checkpoint.pt").model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(architectures.ARCHITECTURES, "tiny", WithDropout)
+        train(dataset(), TINY, out, test=dataset(seed=1))
+    return out
+
+
+class Killed(BaseException):
+    """What a stopped process leaves behind is what was written before."""
+
+
+class TestTraining:
+    def test_learns_and_writes_everything(self, tmp_path: Path) -> None:
+        settings = replace(TINY, architecture="small", epochs=5)
+        result = train(
+            dataset(), settings, tmp_path / "run", test=dataset(40, seed=1), arguments={"epochs": 5}
+        )
+        assert result.test_accuracy is not None
+        assert result.test_accuracy > 0.8
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["settings"] == json.loads(json.dumps(asdict(settings)))
+        assert config["data"]["digest"] == "digest"
+        assert config["data"]["class_names"] == ["red", "green", "blue"]
+        assert config["data"]["shape"] == [3, 8, 8]
+        assert config["provenance"]["arguments"] == {"epochs": 5}
+        assert torch.__version__.startswith(config["provenance"]["versions"]["torch"])
+        *epochs, tested = read_metrics(tmp_path / "run")
+        assert [line["epoch"] for line in epochs] == [1, 2, 3, 4, 5]
+        assert epochs[-1]["loss"] < 0.7 * epochs[0]["loss"]
+        assert {"data", "gradient_l2", "lipschitz", "train_accuracy", "held_out_accuracy"} <= set(epochs[0])
+        assert tested == {"test_accuracy": result.test_accuracy, "test_images": 40}
+        state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+        assert (state.epoch, state.step) == (5, 0)
+
+    def test_the_seed_decides(self, tmp_path: Path) -> None:
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            torch.manual_seed(len(name))  # the caller's random state has no say
+            train(dataset(), replace(TINY, epochs=1, seed=seed), tmp_path / name)
+        first, second, third = (weights(tmp_path / name)["classifier.weight"] for name in "abc")
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
+
+    def test_leaves_the_callers_random_state_alone(self, tmp_path: Path) -> None:
+        torch.manual_seed(9)
+        before = torch.get_rng_state()
+        train(dataset(), replace(TINY, epochs=1), tmp_path / "run")
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_in_bf16(self, tmp_path: Path) -> None:
+        result = train(dataset(), replace(TINY, epochs=1, precision="bf16"), tmp_path / "run")
+        assert np.isfinite(result.metrics["loss"])
+        assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "run").values())
+
+    def test_fewer_images_than_a_batch(self, tmp_path: Path) -> None:
+        settings = replace(TINY, epochs=1, batch_size=500, held_out=0)
+        result = train(dataset(20), settings, tmp_path / "run")
+        assert "held_out_accuracy" not in result.metrics
+
+
+class TestResume:
+    @pytest.fixture
+    def uninterrupted(self, whole: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / "whole"))
+
+    @pytest.mark.parametrize(("steps", "seconds"), [(1, 300.0), (1, 0.0), (4, 0.0), (9, 300.0), (9, 0.0)])
+    def test_bit_by_bit_after_a_kill_anywhere(
+        self,
+        steps: int,
+        seconds: float,
+        uninterrupted: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """An epoch has 7 steps; checkpoints are written after every step, or after every epoch."""
+        one_step, done = Run.one_step, 0
+
+        def limited(run: Run, learning_rate: float) -> dict[str, float]:
+            nonlocal done
+            if done == steps:
+                raise Killed
+            done += 1
+            return one_step(run, learning_rate)
+
+        monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", seconds)
+        monkeypatch.setattr(Run, "one_step", limited)
+        with pytest.raises(Killed):
+            train(dataset(), TINY, tmp_path / "run")
+        monkeypatch.setattr(Run, "one_step", one_step)
+        train(dataset(), TINY, tmp_path / "run", test=dataset(seed=1), resume=True)
+        expected, found = weights(uninterrupted), weights(tmp_path / "run")
+        assert set(expected) == set(found)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        for one, other in zip(read_metrics(uninterrupted), read_metrics(tmp_path / "run"), strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+    def test_of_a_finished_run_changes_nothing(self, uninterrupted: Path) -> None:
+        before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
+        result = train(dataset(), TINY, uninterrupted, test=dataset(seed=1), resume=True)
+        assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
+        assert result.metrics["epoch"] == 2
+
+    def test_is_asked_for(self, uninterrupted: Path) -> None:
+        with pytest.raises(UsageError, match="holds a run already"):
+            train(dataset(), TINY, uninterrupted)
+
+    def test_with_other_settings_is_refused(self, uninterrupted: Path) -> None:
+        with pytest.raises(UsageError, match="was started with epochs 2, now it is 4"):
+            train(dataset(), replace(TINY, epochs=4), uninterrupted, resume=True)
+
+    def test_with_other_data_is_refused(self, uninterrupted: Path) -> None:
+        with pytest.raises(UsageError, match="was started with digest 'digest', now it is 'other'"):
+            train(replace(dataset(), digest="other"), TINY, uninterrupted, resume=True)
+
+    def test_of_a_damaged_checkpoint_is_refused(self, uninterrupted: Path) -> None:
+        path = uninterrupted / "checkpoint.pt"
+        for content in (path.read_bytes()[:1000], b"", b"not a checkpoint"):
+            path.write_bytes(content)
+            with pytest.raises(TrainingError, match=r"checkpoint\.pt: is damaged"):
+                train(dataset(), TINY, uninterrupted, resume=True)
+
+    def test_of_another_network_is_refused(
+        self, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wider = partial(architectures.CompactResNet, width=3)
+        monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", wider)
+        with pytest.raises(TrainingError, match="belongs to another network"):
+            train(dataset(), TINY, uninterrupted, resume=True)
+
+    def test_of_a_damaged_config_is_refused(self, uninterrupted: Path) -> None:
+        (uninterrupted / "config.json").write_text('{"settings": 1}')
+        with pytest.raises(TrainingError, match=r"config\.json: is damaged"):
+            train(dataset(), TINY, uninterrupted, resume=True)
+
+
+class TestFailures:
+    def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+        settings = replace(TINY, learning_rate=1e20, warmup=0.0)
+        with pytest.raises(TrainingError, match=r"not finite (at|before) epoch 1, step \d.*--learning-rate"):
+            train(dataset(), settings, tmp_path / "run")
+        if (tmp_path / "run" / "checkpoint.pt").exists():
+            assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+    def test_a_nan_names_the_step_and_the_terms(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Breaks(WithDropout):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                self.calls = getattr(self, "calls", 0) + 1
+                return super().forward(images) * (float("nan") if self.calls > 9 else 1)
+
+        monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", Breaks)
+        settings = replace(TINY, regularizers=("none",), held_out=0)  # 8 steps an epoch
+        with pytest.raises(TrainingError, match=r"epoch 2, step 2 \(loss nan, data nan\)"):
+            train(dataset(64), settings, tmp_path / "run")
+        state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+        assert (state.epoch, state.step) == (1, 0)
+        assert all(torch.isfinite(value).all() for value in state.model.values())
+
+    def test_a_full_disk_keeps_the_checkpoint_before(self, whole: Path, tmp_path: Path) -> None:
+        path = Path(shutil.copytree(whole, tmp_path / "run")) / "checkpoint.pt"
+        before = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        try:
+            with pytest.raises(TrainingError, match=r"cannot be written.*--resume"):
+                checkpoint.save(checkpoint.load(path), path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in path.parent.iterdir() if "partial" in entry.name] == []
+
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="no such checkpoint"):
+            checkpoint.load(tmp_path / "checkpoint.pt")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"labels": None}, "colours: has no labels"),
+            ({"class_names": ("red", "green")}, "labels run from 0 to 2; expected numbers of 2 classes"),
+            ({"labels": np.full(70, -1)}, "labels run from -1 to -1"),
+            ({"labels": np.zeros(3, np.int64)}, "70 images but 3 labels"),
+            ({"labels": np.zeros(70, np.int64), "class_names": ("red",)}, "has 1 class; expected two"),
+            ({"images": np.zeros((70, 8, 8, 3), np.float32)}, r"float32 \(70, 8, 8, 3\); expected uint8"),
+            ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "expected uint8"),
+        ],
+    )
+    def test_data_that_cannot_be_trained_on(
+        self, change: dict[str, object], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(DataError, match=message):
+            train(replace(dataset(), **change), TINY, tmp_path / "run")  # type: ignore[arg-type]
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"epochs": 0}, "--epochs is 0: expected 1 or more"),
+            ({"batch_size": 1}, "--batch-size is 1"),
+            ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+            ({"learning_rate": 0.0}, "--learning-rate is 0.0: expected a number above 0"),
+            ({"momentum": 1.0}, "--momentum is 1.0"),
+            ({"weight_decay": -1.0}, "--weight-decay is -1.0"),
+            ({"schedule": "linear"}, "--schedule is linear: expected one of one-cycle, cosine"),
+            ({"warmup": 1.0}, "--warmup is 1.0"),
+            ({"padding": -1}, "--crop is -1"),
+            ({"padding": 8}, "crops shift by 8 pixels"),
+            ({"cutout": -1}, "--cutout is -1"),
+            ({"held_out": -1}, "--held-out is -1"),
+            ({"held_out": 69}, "holding out 69 of 70 training images leaves 1"),
+            ({"seed": -1}, "--seed is -1"),
+            ({"architecture": "vgg"}, "unknown architecture 'vgg'"),
+            ({"regularizers": ("tulp",)}, "unknown regularizer 'tulp'"),
+        ],
+    )
+    def test_settings_that_make_no_sense(
+        self, change: dict[str, object], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=message):
+            train(dataset(), replace(TINY, **change), tmp_path / "run")  # type: ignore[arg-type]
+
+    def test_devices_and_precisions(self) -> None:
+        assert loop.chosen_device("cpu") == "cpu"
+        assert loop.chosen_device("auto") in {"cpu", "cuda"}
+        assert loop.chosen_precision("bf16", "cpu") == "bf16"
+        assert loop.chosen_precision("auto", "cpu") in {"bf16", "float32"}
+        for name in ("gpu", "cuda:99"):
+            with pytest.raises(UsageError, match=f"--device {name}: .*Give cpu or cuda"):
+                loop.chosen_device(name)
+
+
+class TestBatches:
+    def test_an_epoch_shows_every_image_at_most_once_and_none_held_out(self) -> None:
+        data = dataset()
+        images = np.zeros_like(data.images)
+        images[..., 0] = np.arange(70)[:, None, None]  # an image's level is its number
+        batches = Batches(replace(data, images=images), replace(TINY, padding=0, cutout=0), "cpu")
+        orders = []
+        for epoch in range(2):
+            numbers: list[int] = []
+            for step in range(batches.steps):
+                floats, labels, _ = batches.at(epoch, step)
+                assert floats.shape == (8, 3, 8, 8)
+                assert floats.is_contiguous(memory_format=torch.channels_last)
+                chosen = (floats[:, 0, 0, 0] * 255).round().long()
+                assert data.labels is not None
+                assert (labels.numpy() == data.labels[chosen.numpy()]).all()
+                numbers += chosen.tolist()
+            assert len(set(numbers)) == len(numbers) == 56
+            assert max(numbers) < 60
+            orders.append(numbers)
+        assert orders[0] != orders[1]
+
+    def test_a_batch_is_a_function_of_its_place(self) -> None:
+        first, second = (Batches(dataset(), TINY, "cpu") for _ in range(2))
+        second.at(4, 0)
+        assert torch.equal(first.at(2, 3)[0], second.at(2, 3)[0])
+        assert not torch.equal(first.at(2, 3)[0], first.at(2, 4)[0])
+        assert torch.rand(1, generator=first.at(1, 1)[2]) == torch.rand(1, generator=second.at(1, 1)[2])
+
+    def test_cutout_paints_the_mean(self) -> None:
+        batches = Batches(dataset(), replace(TINY, cutout=20), "cpu")
+        images, _, _ = batches.at(0, 0)
+        assert images.flatten(2).std(2).max() < 1e-6
+        torch.testing.assert_close(images[0, :, 0, 0], torch.tensor(batches.mean))
+
+    def test_channel_statistics(self) -> None:
+        images = dataset().images
+        mean, deviation = channel_statistics(images)
+        np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)))
+        np.testing.assert_allclose(deviation, (images / 255).std((0, 1, 2)))
+        constant = channel_statistics(np.full((2, 4, 4, 1), 51, np.uint8))
+        assert constant[0] == pytest.approx([0.2])
+        assert constant[1][0] > 0
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
+    def test_rise_to_the_peak(self, name: str) -> None:
+        assert schedules.share(name, 0.0, 0.2) == 0
+        assert schedules.share(name, 0.1, 0.2) == pytest.approx(0.5)
+        assert schedules.share(name, 0.2, 0.2) == 1
+        assert schedules.share(name, 0.0, 0.0) == 1
+
+    def test_fall(self) -> None:
+        assert schedules.share("one-cycle", 0.6, 0.2) == pytest.approx(0.5)
+        assert schedules.share("one-cycle", 1.0, 0.2) == 0
+        assert schedules.share("cosine", 0.6, 0.2) == pytest.approx(0.5)
+        assert schedules.share("cosine", 1.0, 0.2) == pytest.approx(0)
+        assert schedules.share("constant", 1.0, 0.2) == 1
+        found = [schedules.share("step", at, 0.0) for at in (0.29, 0.31, 0.61, 0.81)]
+        assert found == pytest.approx([1, 0.2, 0.04, 0.008])
+
+    def test_the_rate_is_never_0(self, whole: Path) -> None:
+        *_, last, _ = read_metrics(whole)
+        assert 0 < last["learning_rate"] < 0.1 * 0.1
