@@ -19,6 +19,7 @@ SHAPE_LIMIT = (
     0.5  # beyond it a GEV has no variance: a shape fitted there says the sample is too small, not heavy
 )
 LEAST_BLOCKS = 10
+OUTSIDE = 1e10  # stands for an infinite likelihood loss
 
 Method = Literal["gev", "gumbel", "largest"]
 
@@ -96,33 +97,43 @@ def fit(maxima: ArrayLike, exceedance: float = EXCEEDANCE) -> Extreme:
 
 
 def _fit_gev(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Maximum-likelihood (shape xi, location, scale) of sorted values; NaN where the search does not
-    converge.
-    """
-
-    def loss(parameters: NDArray[np.float64]) -> float:
-        shape, location, log_scale = (float(part) for part in parameters)
-        z = (values - location) * math.exp(-log_scale)
-        if abs(shape) < 1e-8:
-            return float((z + np.exp(-z)).sum()) + values.size * log_scale
-        base = 1 + shape * z
-        if base[0] <= 0 or base[-1] <= 0:
-            return 1e10  # a maximum outside the support
-        y = np.log(base) / shape
-        with np.errstate(over="ignore"):
-            return float(((1 + shape) * y + np.exp(-y)).sum()) + values.size * log_scale
-
+    """Maximum-likelihood (shape xi, location, scale) of sorted values; NaN where no search converges."""
     for start in (_moments(values), (0.01, *_gumbel(values))):
         shape, location, scale = start
         found = optimize.minimize(
-            loss,
-            np.array([shape, location, math.log(scale)]),
-            method="Nelder-Mead",
-            options={"xatol": 1e-5, "fatol": 1e-7, "maxiter": 1000},
+            _likelihood, np.array([shape, location, math.log(scale)]), args=(values,), jac=True, method="BFGS"
         )
-        if found.success and found.fun < 1e10:
+        if found.fun < OUTSIDE and float(np.abs(found.jac).max()) < 1e-3 * values.size:
             return float(found.x[0]), float(found.x[1]), math.exp(float(found.x[2]))
     return math.nan, math.nan, math.nan
+
+
+def _likelihood(
+    parameters: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """Minus the log-likelihood of sorted values and its gradient in shape, location and log scale."""
+    shape, location, log_scale = (float(part) for part in parameters)
+    if abs(log_scale) > 20:
+        return OUTSIDE, np.zeros(3)
+    inverse = math.exp(-log_scale)
+    z = (values - location) * inverse
+    base = 1 + shape * z
+    if base[0] <= 0 or base[-1] <= 0:
+        return OUTSIDE, np.zeros(3)  # a maximum outside the support
+    if abs(shape) < 1e-6:  # the series avoids 0 / 0
+        y, by_shape = z - shape * z * z / 2, -z * z / 2
+    else:
+        y = np.log(base) / shape
+        by_shape = (z / base - y) / shape
+    with np.errstate(over="ignore"):
+        tail = np.exp(-y)
+    value = float(((1 + shape) * y + tail).sum()) + values.size * log_scale
+    if not math.isfinite(value):
+        return OUTSIDE, np.zeros(3)
+    pull = 1 + shape - tail
+    by_z = pull / base
+    gradient = [(y + pull * by_shape).sum(), -inverse * by_z.sum(), values.size - (z * by_z).sum()]
+    return value, np.array(gradient, dtype=np.float64)
 
 
 def _gumbel(values: NDArray[np.float64]) -> tuple[float, float]:
