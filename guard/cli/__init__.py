@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         with _log_to_stderr():
-            arguments = _parser(words).parse_args(words)
+            arguments = _parse(words)
             return int(arguments.run(arguments))
     except SystemExit as leave:  # argparse, after --help or a usage error
         return leave.code if isinstance(leave.code, int) else 1
@@ -78,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}", 1, debug=debug)
     except Exception as error:
         return _unexpected(error, debug=debug)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser(words)
+    arguments, rest = parser.parse_known_args(words)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(arguments, "inputs")):
+        raise UsageError(f"unexpected {' '.join(rest)} (see guard {arguments.command} --help).")
+    if rest:  # argparse takes no further positional arguments after an option
+        arguments.inputs += rest
+    return arguments
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit
+from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
 
 SCORES = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_bytes(arguments.out, model.SerializeToString())
     record = {"out": str(arguments.out), "outputs": outputs, "metadata": facts}
     lines = [
-        f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)",
+        f"wrote {arguments.out} ({file_size(arguments.out.stat().st_size)})",
         f"  model    {bundle.manifest.name}, score {score}, laid out for {arguments.provider}",
         "  input    images (B, C, H, W) float32 in [0, 1]",
         *_wrapped("  outputs  ", outputs),

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit
+from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
 
 if TYPE_CHECKING:
     from guard.bundle import Bundle, Calibration, Manifest, RadiusCalibration
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _screen(bundle: "Bundle", size: int) -> list[str]:
     manifest, shape = bundle.manifest, bundle.manifest.input
     facts = [
-        ("bundle", f"{bundle.path}, {size / 1e6:.1f} MB, digests match"),
-        ("model", bundle.digest),
+        ("bundle", f"{bundle.path}, {file_size(size)}, digests match"),
+        ("model sha256", bundle.digest.removeprefix("sha256:")),
         ("input", f"{shape.channels} x {shape.height} x {shape.width}, pixels in [0, 1]"),
         ("uploads", _uploads(manifest)),
         ("classes", _classes(manifest.class_names)),
@@ -57,14 +57,14 @@ def _screen(bundle: "Bundle", size: int) -> list[str]:
     ]
     calibration = bundle.calibration
     if calibration is None:
-        facts.append(("not calibrated", f"guard calibrate {bundle.path} --val DATA"))
+        facts.append(("calibration", f"none yet: guard calibrate {bundle.path} --val DATA"))
     else:
         facts += _detection(calibration)
         facts += [(f"{norm} radius", _radius(radii)) for norm, radii in _norms(calibration)]
     lines = [manifest.name]
     for name, text in facts:
         lines += textwrap.wrap(
-            text, _WIDTH, initial_indent=f"  {name:<15s} ", subsequent_indent=" " * 18, break_long_words=False
+            text, _WIDTH, initial_indent=f"  {name:<13s} ", subsequent_indent=" " * 16, break_long_words=False
         )
     return lines
 
@@ -127,8 +127,9 @@ def _norms(calibration: "Calibration") -> list[tuple[str, "RadiusCalibration"]]:
 def _radius(radii: "RadiusCalibration") -> str:
     inside = radii.violations
     text = (
-        f"mean {radii.mean_radius:.4g}, {radii.tightness:.2f} of the way to the nearest attack found; attacked "
-        f"inside: {inside.value:.2%} of {inside.n}, surely below {inside.upper:.2%}; an estimate"
+        f"mean {radii.mean_radius:.4g} (an estimate), {radii.tightness:.2f} of the way to the nearest attack "
+        f"found; attacked inside: {inside.value:.2%} of {inside.n}, at most {inside.upper:.2%} with "
+        f"{inside.level:.0%} confidence"
     )
     if radii.conformal is not None:
         text += f"; conformal ones at alpha {radii.conformal.alpha:g}"

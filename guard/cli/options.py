@@ -12,6 +12,7 @@ from guard.settings import bundle_path
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 
 _WIDTH = 80
+_LONG_CHOICES = 40
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,8 +27,26 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """80 columns; choices that would not fit into the usage line are listed with the option's help."""
+
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"width": _WIDTH, "max_help_position": 26, **options})
+
+    def _metavar_formatter(
+        self, action: argparse.Action, default_metavar: str
+    ) -> Callable[[int], tuple[str, ...]]:
+        if not _has_long_choices(action):
+            return super()._metavar_formatter(action, default_metavar)
+        return lambda size: (action.dest.upper(),) * size
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if not _has_long_choices(action):
+            return action.help
+        return f"one of {', '.join(map(str, action.choices or ()))} {action.help}"
+
+
+def _has_long_choices(action: argparse.Action) -> bool:
+    return action.metavar is None and len(",".join(map(str, action.choices or ()))) > _LONG_CHOICES
 
 
 def add_command(
@@ -85,6 +104,11 @@ def emit(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) ->
         sys.stdout.write("\n")
     else:
         print(text)
+
+
+def file_size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def arguments_of(arguments: argparse.Namespace) -> dict[str, Any]:
