@@ -15,11 +15,11 @@ LAYERS = (
     ("", "errors", "progress"),
     ("batching", "certificate", "extremes", "files", "graph", "images", "logs", "metrics", "openapi"),
     ("archives", "bundle", "free_batch", "http", "operators", "samples", "settings", "stages", "statistics"),
-    ("autodiff", "data"),
+    ("autodiff", "card", "data"),
     ("guarded",),
     ("adapt", "attacks", "runtime"),
     ("decision", "fitting", "wrap"),
-    ("calibration", "training", "worker"),
+    ("calibration", "offline", "tables", "training", "worker"),
     ("export", "routes"),
     ("service",),
     ("cli",),
@@ -27,9 +27,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# What may be imported anywhere in these entries of the table, and nowhere else.
+# Packages that only these entries of the table, or single modules, may import, wherever the import stands.
 HEAVY = {
-    "torch": {"training", "export"},
+    "torch": {"training", "export", "cli.train"},
     "torchvision": {"training", "export"},
     "scipy": {"extremes", "calibration", "fitting", "statistics"},
     "bentoml": {"service", "routes", "worker"},
@@ -100,7 +100,7 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
     packages = {name.partition(".")[0] for name in imports_of(path)}
     for package, allowed in HEAVY.items():
         if package in packages:
-            assert entry_of(name_of(path)) in allowed, f"guard.{name_of(path)} imports {package}"
+            assert {name_of(path), entry_of(name_of(path))} & allowed, f"guard.{name_of(path)} imports {package}"
 
 
 def loaded_by(code: str) -> set[str]:

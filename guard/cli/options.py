@@ -42,7 +42,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not _has_long_choices(action):
             return action.help
-        return f"one of {', '.join(map(str, action.choices or ()))} {action.help}"
+        return f"{action.help}; one of {', '.join(map(str, action.choices or ()))}"
 
 
 def _has_long_choices(action: argparse.Action) -> bool:
