@@ -24,6 +24,7 @@ import onnx
 import onnxruntime
 import torch
 import torchvision
+
 from guard.guarded import guarded_model, vjp_model
 from guard.runtime import CHUNK, session_of
 
@@ -75,7 +76,9 @@ def contenders(
     found: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
         "bare": lambda x: bare.run(None, {"images": x}),
         f"bare, chunks of {chunk}": chunked(bare),
-        "one row (margin-gradient)": chunked(session_of(guarded_model(model, "margin-gradient"), threads=threads)),
+        "one row (margin-gradient)": chunked(
+            session_of(guarded_model(model, "margin-gradient"), threads=threads)
+        ),
         "two rows (jacobian)": chunked(session_of(guarded_model(model, "jacobian"), threads=threads)),
     }
     if not rows:
@@ -131,7 +134,9 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=["cifar-resnet18", "resnet50"], default="cifar-resnet18")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=15)

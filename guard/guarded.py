@@ -1,7 +1,7 @@
 """The guarded graph: a bare classifier plus the backward passes that its scores and radii need.
 
-Everything is built from `model.onnx` when it is loaded. With logits z, probabilities p = softmax(z), predicted
-class c and runner-up r, the row of cotangent e_i - p is u_i = ∇z_i - Σ_j p_j ∇z_j, and
+Everything is built from `model.onnx` when it is loaded. With logits z, probabilities p = softmax(z),
+predicted class c and runner-up r, the row of cotangent e_i - p is u_i = ∇z_i - Σ_j p_j ∇z_j, and
 
     ∇p_i = p_i u_i                      the rows of the Jacobian of the probabilities
     ∇(z_c - z_r) = u_c - u_r            gradient of the logit margin
@@ -21,7 +21,7 @@ from guard.autodiff import Graph, pullback
 from guard.graph import Provider
 
 GRAPH_VERSION = 1
-"""Raised whenever a change could alter a score or a gradient norm: calibrations name the version they used."""
+"""Raised whenever a change could alter a score or a gradient norm: calibrations name the one they used."""
 
 Score = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
 Loss = Literal["margin", "cross-entropy", "probability-margin"]
@@ -69,8 +69,7 @@ def guarded_model(model: onnx.ModelProto, score: Score, *, provider: Provider = 
             u_predicted = _combination(graph, rows, predicted)
             u_runner_up = _combination(graph, rows, runner_up)
             lengths = [
-                graph.op("Mul", _l2(graph, u), _column(graph, probabilities, i))
-                for i, u in enumerate(rows)
+                graph.op("Mul", _l2(graph, u), _column(graph, probabilities, i)) for i, u in enumerate(rows)
             ]
         else:
             u_predicted = row(graph.op("Sub", predicted, probabilities))
@@ -120,7 +119,9 @@ def loss_model(model: onnx.ModelProto, loss: Loss, *, provider: Provider = "cpu"
         "probability-margin": _probability_margin_loss,
     }
     value, cotangent = make[loss](graph, label, classes)
-    return graph.build(outputs={LOGITS: LOGITS, "loss": value, "gradient": pullback(graph, LOGITS, cotangent, IMAGES)})
+    return graph.build(
+        outputs={LOGITS: LOGITS, "loss": value, "gradient": pullback(graph, LOGITS, cotangent, IMAGES)}
+    )
 
 
 def number_of_classes(graph: Graph) -> int:
@@ -137,7 +138,7 @@ def _margin_loss(graph: Graph, label: str, classes: int) -> tuple[str, str]:
     return _dot(graph, LOGITS, difference), difference
 
 
-def _cross_entropy(graph: Graph, label: str, classes: int) -> tuple[str, str]:
+def _cross_entropy(graph: Graph, label: str, _: int) -> tuple[str, str]:
     log_probabilities = graph.op("LogSoftmax", LOGITS, axis=-1)
     probabilities = graph.op("Softmax", LOGITS, axis=-1)
     return graph.op("Neg", _dot(graph, log_probabilities, label)), graph.op("Sub", probabilities, label)
@@ -190,7 +191,5 @@ def _l1(graph: Graph, gradient: str) -> str:
 
 
 def _combination(graph: Graph, rows: list[str], weights: str) -> str:
-    terms = [
-        graph.op("Mul", u, _per_image(graph, _column(graph, weights, i))) for i, u in enumerate(rows)
-    ]
+    terms = [graph.op("Mul", u, _per_image(graph, _column(graph, weights, i))) for i, u in enumerate(rows)]
     return graph.op("Sum", *terms)

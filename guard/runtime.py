@@ -1,4 +1,4 @@
-"""Running guarded graphs in onnxruntime: one pass gives prediction, margins, gradient norms and Jacobian norm.
+"""Running guarded graphs in onnxruntime: one pass gives prediction, margins, gradient norms, Jacobian norm.
 
 `Detector.measure` decides as the full Jacobian would: the two rows that can be long come with the forward
 pass; every other row i is at most p_i G long, so only rows with p_i G above the threshold are computed, for
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import onnx
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+Element = TypeVar("Element", bound=np.generic)
 
 CHUNK: dict[Provider, int] = {"cpu": 8, "cuda": 64}
 """Images in one onnxruntime call: bounds memory, and on CPU keeps activations in cache."""
@@ -58,12 +59,15 @@ class Measurement:
     @property
     def labels(self) -> Int64:
         """The predicted class of each image, (B,)."""
-        return self.logits.argmax(axis=1)
+        labels: Int64 = self.logits.argmax(axis=1)
+        return labels
 
     @staticmethod
     def concatenate(parts: list["Measurement"]) -> "Measurement":
         """One measurement from those of consecutive batches."""
-        return Measurement(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measurement)))
+        return Measurement(
+            *(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Measurement))
+        )
 
     def __getitem__(self, index: slice | NDArray[np.intp] | NDArray[np.bool_]) -> "Measurement":
         return Measurement(*(getattr(self, f.name)[index] for f in fields(Measurement)))
@@ -87,9 +91,10 @@ def score_of(measurement: Measurement, name: Score) -> Float64:
         return measurement.jacobian.astype(np.float64)
     if name == "radius":
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(margin > 0, gradient / margin, np.where(np.isnan(margin + gradient), np.nan, np.inf))
+            inverse: Float64 = np.where(margin > 0, gradient / margin, np.inf)
+        return np.where(np.isnan(margin + gradient), np.nan, inverse)
     if name == "margin-gradient":
-        return gradient / (1 + np.cosh(np.minimum(margin, 700.0)))
+        return np.asarray(gradient / (1 + np.cosh(np.minimum(margin, 700.0))), np.float64)
     raise ValueError(f"score {name!r} is not a function of one measurement")
 
 
@@ -114,7 +119,9 @@ class Detector:
         self.score: Score = score
         self.threads = threads
         check_differentiable(self.model, guarded.IMAGES, guarded.LOGITS)
-        self.provider: Provider = "cpu" if provider == "cpu" else self._cuda_or_cpu(required=provider == "cuda")
+        self.provider: Provider = (
+            "cpu" if provider == "cpu" else self._cuda_or_cpu(required=provider == "cuda")
+        )
         self.chunk = CHUNK[self.provider] if chunk is None else chunk
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; expected at least 1")
@@ -130,9 +137,9 @@ class Detector:
     ) -> Measurement:
         """One guarded pass over images (B, C, H, W) in [0, 1].
 
-        With `threshold` t and `row_bound` G (an estimate of max_i ||u_i||, fitted at calibration), rows beyond
-        the first two are computed where p_i G > t could still reject an image; without, two rows stand (all of
-        them with `jacobian-full`).
+        With `threshold` t and `row_bound` G (an estimate of max_i ||u_i||, fitted at calibration), rows
+        beyond the first two are computed where p_i G > t could still reject an image; without, two rows
+        stand (all of them with `jacobian-full`).
         """
         parts = [self._measure(chunk, threshold, row_bound) for chunk in self._chunks(images)]
         return Measurement.concatenate(parts)
@@ -175,7 +182,7 @@ class Detector:
         rows[picked] += 1
         gradients = self.vjp(images, rows)
         lengths = np.linalg.norm(gradients.reshape(len(index), -1), axis=1)
-        return (lengths * probabilities[picked]).astype(np.float32)
+        return np.asarray(lengths * probabilities[picked], np.float32)
 
     def _measure(self, images: Float32, threshold: float | None, row_bound: float | None) -> Measurement:
         session = self._guarded()
@@ -197,7 +204,7 @@ class Detector:
 
     def _with_rows(self, images: Float32, measured: Measurement, wanted: NDArray[np.bool_]) -> Measurement:
         known = np.argpartition(-measured.logits, 1, axis=1)[:, :2]
-        np.put_along_axis(wanted, known, False, axis=1)
+        np.put_along_axis(wanted, known, values=False, axis=1)
         image, row = np.nonzero(wanted)
         if not len(image):
             return measured
@@ -237,7 +244,9 @@ class Detector:
         else:
             reason = "this onnxruntime has no CUDA provider"
         if required:
-            raise ModelError(f"provider cuda: {reason}. Install onnxruntime-gpu with its CUDA and cuDNN, or use cpu.")
+            raise ModelError(
+                f"provider cuda: {reason}. Install onnxruntime-gpu with its CUDA and cuDNN, or use cpu."
+            )
         log.info("running on CPU: %s", reason)
         return "cpu"
 
@@ -250,7 +259,9 @@ def load_model(path: str | Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: not a readable ONNX model ({error})") from error
 
 
-def session_of(model: onnx.ModelProto, *, provider: Provider = "cpu", threads: int = 0) -> ort.InferenceSession:
+def session_of(
+    model: onnx.ModelProto, *, provider: Provider = "cpu", threads: int = 0
+) -> ort.InferenceSession:
     """An onnxruntime session. Worker threads do not spin, so idle sessions leave the cores to the others."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -260,5 +271,5 @@ def session_of(model: onnx.ModelProto, *, provider: Provider = "cpu", threads: i
     return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
-def _split(array: NDArray[np.generic], size: int) -> Iterator[NDArray[np.generic]]:
+def _split(array: NDArray[Element], size: int) -> Iterator[NDArray[Element]]:
     return (array[start : start + size] for start in range(0, len(array), size))

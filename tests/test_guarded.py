@@ -2,6 +2,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from guard.guarded import Score, guarded_model, loss_model, vjp_model
 from guard.runtime import session_of
 from tests.networks import Array, convolutional, images, linear
@@ -18,7 +19,9 @@ class Torch(torch.nn.Module):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
-        self.w = {t.name: torch.tensor(onnx.numpy_helper.to_array(t)).double() for t in model.graph.initializer}
+        self.w = {
+            t.name: torch.tensor(onnx.numpy_helper.to_array(t)).double() for t in model.graph.initializer
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for i, stride in enumerate((1, 2, 1)):
@@ -59,9 +62,15 @@ def reference(network: onnx.ModelProto) -> dict[str, Array]:
 
 
 @pytest.mark.parametrize("score", ["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"])
-def test_outputs_agree_with_autograd(network: onnx.ModelProto, reference: dict[str, Array], score: Score) -> None:
+def test_outputs_agree_with_autograd(
+    network: onnx.ModelProto, reference: dict[str, Array], score: Score
+) -> None:
     found = run(guarded_model(network, score), images=images(7))
-    left_out = {"probability_gradient_l2", "probability_gradient_l1", "jacobian"} if score == "margin-gradient" else set()
+    left_out = (
+        {"probability_gradient_l2", "probability_gradient_l1", "jacobian"}
+        if score == "margin-gradient"
+        else set()
+    )
     assert found.keys() == reference.keys() - left_out
     for name, value in found.items():
         np.testing.assert_allclose(value, reference[name], rtol=2e-4, atol=1e-5, err_msg=name)
