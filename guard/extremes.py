@@ -101,7 +101,12 @@ def _fit_gev(values: NDArray[np.float64]) -> tuple[float, float, float]:
     for start in (_moments(values), (0.01, *_gumbel(values))):
         shape, location, scale = start
         found = optimize.minimize(
-            _likelihood, np.array([shape, location, math.log(scale)]), args=(values,), jac=True, method="BFGS"
+            _likelihood,
+            np.array([shape, location, math.log(scale)]),
+            args=(values,),
+            jac=True,
+            method="BFGS",
+            options={"maxiter": 50},
         )
         if found.fun < OUTSIDE and float(np.abs(found.jac).max()) < 1e-3 * values.size:
             return float(found.x[0]), float(found.x[1]), math.exp(float(found.x[2]))
