@@ -15,7 +15,7 @@ def with_calibration(text: str, calibration: Calibration) -> str:
     """The card with its section on calibration replaced, or added at the end."""
     section = calibration_section(calibration)
     if _SECTION.search(text):
-        return _SECTION.sub(lambda _: section, text)
+        return _SECTION.sub(lambda found: section + "\n" * (found.end() < len(text)), text)
     return f"{text.rstrip()}\n\n{section}" if text.strip() else section
 
 
@@ -25,7 +25,7 @@ def calibration_section(calibration: Calibration) -> str:
     promise = (
         "on average over calibration sets"
         if calibration.delta is None
-        else f"with probability {1 - calibration.delta:g} over calibration sets"
+        else f"with probability {1 - calibration.delta:.0%} over calibration sets"
     )
     data = calibration.data
     lines = [

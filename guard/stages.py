@@ -68,7 +68,7 @@ class Stages:
 def _read(file: Path, piece: NDArray[np.int64]) -> Arrays | None:
     """A finished piece, or None where there is none, or one of other images or broken."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = dict(archive)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
