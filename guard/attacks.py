@@ -7,7 +7,7 @@ in the l2 or linf norm. `clip` keeps attacked images in [0, 1]; radii speak of e
 checks leave it off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -278,20 +278,31 @@ def largest_remainder(
     return Remainder(value, shift, slope)
 
 
-def row_growth(
-    model: Differentiable, images: Floats, index: Labels, *, difference: float = 0.01
-) -> tuple[Floats, Floats, Floats]:
-    """Logits (B, K), u = ∇ log p_i of class i = `index`, and ∇ log ||u||_2, both (B, C, H, W).
+@dataclass(frozen=True)
+class Growth:
+    """Logits (B, K), a loss's descent direction -∇l and the gradient of log ||∇l||_2, both (B, C, H, W)."""
 
-    The gradient of a gradient's length is a Hessian-vector product, taken here as a central difference of two
-    gradients `difference` either side along u itself: bare ONNX has no second derivatives.
+    logits: Floats
+    descent: Floats
+    log_length: Floats
+
+
+def growth(
+    model: Differentiable, images: Floats, labels: Labels, loss: Loss, *, difference: float = 0.01
+) -> Growth:
+    """How the length of a loss's gradient changes.
+
+    With `cross-entropy` of class i the descent direction is u_i = ∇ log p_i, and row i of the Jacobian of the
+    probabilities is p_i u_i; with `margin` of the predicted class it is ∇M. The gradient of a gradient's
+    length is a Hessian-vector product, taken here as a central difference of two gradients `difference`
+    either side along the gradient itself: bare ONNX has no second derivatives.
     """
-    logits, _, descent = model.loss_gradient(images, index, "cross-entropy")
-    along = steepest(-descent, "l2")
-    ahead = model.loss_gradient(images + np.float32(difference) * along, index, "cross-entropy")[2]
-    behind = model.loss_gradient(images - np.float32(difference) * along, index, "cross-entropy")[2]
-    scale = column(2 * difference * np.maximum(length(descent, "l2"), TINY))
-    return logits, -descent, np.asarray((behind - ahead) / scale, dtype=np.float32)
+    logits, _, gradient = model.loss_gradient(images, labels, loss)
+    along = np.float32(difference) * steepest(gradient, "l2")
+    ahead = model.loss_gradient(images + along, labels, loss)[2]
+    behind = model.loss_gradient(images - along, labels, loss)[2]
+    scale = column(2 * difference * np.maximum(length(gradient, "l2"), TINY))
+    return Growth(logits, -gradient, np.asarray((ahead - behind) / scale, dtype=np.float32))
 
 
 def longest_row(
@@ -311,9 +322,9 @@ def longest_row(
     best = np.zeros(len(images))
     points = images
     for step in range(steps):
-        _, row, growth = row_growth(model, points, index)
-        best = np.fmax(best, length(row, "l2"))
-        moved = points - images + column(_rate(budget, step, steps)) * steepest(growth, "l2")
+        row = growth(model, points, index, "cross-entropy")
+        best = np.fmax(best, length(row.descent, "l2"))
+        moved = points - images + column(_rate(budget, step, steps)) * steepest(row.log_length, "l2")
         points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
     return np.fmax(best, length(model.loss_gradient(points, index, "cross-entropy")[2], "l2"))
 
@@ -336,10 +347,10 @@ def hide_row(model: Differentiable, images: Floats, eps: float, *, steps: int = 
         sizes, pulls = [], []
         for place in range(3):
             index = order[:, min(place, order.shape[1] - 1)].astype(np.int64)
-            _, row, growth = row_growth(model, points, index)
+            row = growth(model, points, index, "cross-entropy")
             log_p = np.take_along_axis(log_probabilities, index[:, None], axis=1)[:, 0]
-            sizes.append(log_p + np.log(np.maximum(length(row, "l2"), TINY)))
-            pulls.append(row + growth)
+            sizes.append(log_p + np.log(np.maximum(length(row.descent, "l2"), TINY)))
+            pulls.append(row.descent + row.log_length)
         first = sizes[0] >= sizes[1]
         value = sizes[2] - np.where(first, sizes[0], sizes[1])
         better = value > best_value
@@ -348,6 +359,82 @@ def hide_row(model: Differentiable, images: Floats, eps: float, *, steps: int = 
         moved = points - images + column(_rate(budget, step, steps)) * steepest(pull, "l2")
         points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
     return best
+
+
+def evade(
+    model: Differentiable,
+    images: Floats,
+    labels: Labels,
+    eps: float,
+    *,
+    ratio: Callable[[Floats], NDArray[np.float64]],
+    score: Literal["jacobian", "radius", "combined"],
+    steps: int = 20,
+    restarts: int = 2,
+    seed: int = 0,
+) -> Found:
+    """An attack that knows the detector: a wrong class within l2 distance eps whose score stays at or below
+    1.
+
+    `ratio` gives each image's score over its threshold (B,): the image is accepted where it is at most 1.
+    Each restart starts where the high-confidence attack of the same budget ended (`pgd` without stop,
+    alternately on the cross-entropy and on the margin), then follows the sum of two unit gradients: up the
+    margin loss, and down the logarithm of the score, by finite differences of gradients. An image not flipped
+    follows the first alone. Images stay in [0, 1]. `success` means wrong and accepted. It lowers the row of
+    the predicted class, or ||∇M|| / M; for `combined` the two in turn.
+    """
+    budget = np.full(len(images), eps)
+    best = images.copy()
+    success = np.zeros(len(images), dtype=np.bool_)
+    losses: tuple[Loss, Loss] = ("cross-entropy", "margin")
+    for restart in range(restarts):
+        rows = np.flatnonzero(~success)
+        if not len(rows):
+            break
+        start = pgd(
+            model,
+            images[rows],
+            labels[rows],
+            eps,
+            norm="l2",
+            steps=steps,
+            restarts=1 + restart // 2,
+            loss=losses[restart % 2],
+            clip=True,
+            stop=False,
+            seed=seed + restart,
+        )
+        points = start.images
+        for step in range(steps + 1):
+            logits = model.logits(points)
+            predicted = logits.argmax(axis=1).astype(np.int64)
+            wrong = predicted != labels[rows]
+            done = wrong & (ratio(points) <= 1)
+            best[rows[done]], success[rows[done]] = points[done], True
+            rows, points, wrong, predicted = rows[~done], points[~done], wrong[~done], predicted[~done]
+            if not len(rows) or step == steps:
+                break
+            pull = steepest(model.loss_gradient(points, labels[rows], "margin")[2], "l2")
+            if wrong.any():
+                lowered = score if score != "combined" else ("jacobian", "radius")[step % 2]
+                down = _score_descent(model, points[wrong], predicted[wrong], lowered)
+                pull[wrong] = steepest(pull[wrong] + steepest(down, "l2"), "l2")
+            moved = points - images[rows] + column(0.5 * _rate(budget[rows], step, steps)) * pull
+            points = np.clip(images[rows] + project(moved, budget[rows], "l2"), 0.0, 1.0)
+    moved_far = length(best - images, "l2")
+    return Found(best, success, np.where(success, moved_far, np.inf))
+
+
+def _score_descent(
+    model: Differentiable, images: Floats, predicted: Labels, score: Literal["jacobian", "radius"]
+) -> Floats:
+    """Minus the gradient of the logarithm of a score (B, C, H, W), the predicted class held fixed."""
+    if score == "jacobian":
+        row = growth(model, images, predicted, "cross-entropy")
+        return -(row.descent + row.log_length)
+    margin = growth(model, images, predicted, "margin")
+    top = np.sort(margin.logits, axis=1)[:, -2:]
+    return margin.descent / column(np.maximum(top[:, 1] - top[:, 0], TINY)) - margin.log_length
 
 
 def _rate(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:

@@ -1,9 +1,7 @@
 from typing import get_args
 
-import networks
 import numpy as np
 import pytest
-from test_attacks import SHAPE, Quadratic
 
 from guard import attacks, fitting
 from guard.attacks import Norm
@@ -11,6 +9,8 @@ from guard.certificate import omega_radius
 from guard.errors import CalibrationError
 from guard.fitting import EPS, SCREENED_AT, Effort
 from guard.runtime import Detector
+from tests import networks
+from tests.test_attacks import SHAPE, Quadratic
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
