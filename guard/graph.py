@@ -79,9 +79,10 @@ class Graph:
     def __init__(self, model: onnx.ModelProto, *, provider: Provider = "cpu") -> None:
         self.provider: Provider = provider
         self.needed: frozenset[str] = frozenset()
-        self._model = _prepared(model)
-        self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        del self._model.graph.initializer[:]
+        model = _prepared(model)
+        # weights are shared with the caller's model, not copied, and never written to
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._model = _without_weights(model)
         self._arrays: dict[str, Array] = {}
         self._nodes: list[NodeProto] = []
         for node in self._model.graph.node:
@@ -171,7 +172,8 @@ class Graph:
     def constant(self, array: Array | np.generic | Sequence[int] | int) -> str:
         """The name of an initializer with this value; equal arrays share one. Python integers are int64."""
         value = np.ascontiguousarray(array).reshape(np.shape(array))
-        key = (value.dtype.str, value.shape, hashlib.blake2b(value.tobytes()).digest())
+        digest = hashlib.blake2b(value.reshape(-1).view(np.uint8).data).digest()
+        key = (value.dtype.str, value.shape, digest)
         if key not in self._constants:
             name = self._constants[key] = self._unique("Constant")
             self._arrays[name] = value
@@ -241,6 +243,10 @@ class Graph:
             elif name and name not in self._shapes:
                 self._probe()
         return self._arrays.get(name)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor is the same for every image and batch size."""
+        return name in self._initializers or self.value(name) is not None
 
     def constant_of(self, node: NodeProto, position: int) -> Array:
         """The value of a node's input that must be constant.
@@ -555,32 +561,47 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     )
 
 
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but the initializers."""
+    if model.graph.sparse_initializer:
+        raise ModelError("The model has sparse weights; only dense ones are supported.")
+    copy = helper.make_model(
+        helper.make_graph(
+            model.graph.node, model.graph.name or "graph", model.graph.input, model.graph.output
+        ),
+        ir_version=model.ir_version,
+        opset_imports=[
+            helper.make_opsetid("" if o.domain == "ai.onnx" else o.domain, o.version)
+            for o in model.opset_import
+        ],
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+    )
+    copy.metadata_props.extend(model.metadata_props)
+    return copy
+
+
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without local functions, at opset 17 or above."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for opset in copy.opset_import:
-        if opset.domain == "ai.onnx":
-            opset.domain = ""
-    versions = [o.version for o in copy.opset_import if o.domain == ""]
+    """The model, or where needed a copy, without local functions and at opset 17 or above."""
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if not versions:
         raise ModelError("The model imports no ONNX operator set; it is not a model onnxruntime can run.")
     try:
-        if copy.functions:
-            copy = onnx.inliner.inline_local_functions(copy)
-        if any(node.op_type in EXPANDED and not node.domain for node in copy.graph.node):
-            names = {node.op_type for node in copy.graph.node if node.op_type in EXPANDED}
-            copy = onnx.inliner.inline_selected_functions(
-                copy, [("", name) for name in sorted(names)], inline_schema_functions=True
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        expanded = {node.op_type for node in model.graph.node if not node.domain} & EXPANDED
+        if expanded:
+            model = onnx.inliner.inline_selected_functions(
+                model, [("", name) for name in sorted(expanded)], inline_schema_functions=True
             )
         if versions[0] < OPSET_FLOOR:
-            copy = onnx.version_converter.convert_version(copy, OPSET_FLOOR)
+            model = onnx.version_converter.convert_version(model, OPSET_FLOOR)
     except Exception as error:  # the converter raises bare RuntimeErrors
         raise ModelError(
             f"The model (opset {versions[0]}) cannot be converted to opset {OPSET_FLOOR}: {error} "
             f"Export it again at opset {OPSET_FLOOR} or above."
         ) from error
-    return copy
+    return model
 
 
 def _constant_tensor(node: NodeProto) -> TensorProto:

@@ -50,7 +50,12 @@ def matmul(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
     if len(shape_a) == 1:
         cotangent = graph.op("Unsqueeze", cotangent, graph.constant([-2]))
     result: Cotangents = [None, None]
-    if graph.needs(a):
+    if graph.needs(a) and len(shape_a) > 1 and len(shape_b) == 2 and graph.is_constant(b):
+        # Gemm transposes a weight in place, where MatMul would need a copy of it
+        rows = reshape_to(graph, cotangent, (None, shape_b[1])) if len(shape_a) > 2 else cotangent
+        product = graph.op("Gemm", rows, b, transB=1)
+        result[0] = reshape_to(graph, product, a) if len(shape_a) > 2 else product
+    elif graph.needs(a):
         product = graph.op("MatMul", cotangent, transposed(graph, b, column=True))
         summed = sum_to(graph, product, (*batch, *matrix_a[-2:]), matrix_a)
         result[0] = summed if len(shape_a) > 1 else reshape_to(graph, summed, a)

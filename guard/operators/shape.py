@@ -109,15 +109,31 @@ def _taken(start: int, stop: int, step: int, size: int) -> Array:
 
 @data_rule("Gather")
 def gather(graph: Graph, node: NodeProto, cotangent: str) -> str:
-    """Zeros, with each cotangent added where it was gathered; the indices must be constant."""
+    """Zeros, with each cotangent added where it was gathered."""
     shape = graph.shape(node.input[0])
     axis = axis_of(node, len(shape), 0)
-    indices = graph.constant_of(node, 1)
+    indices = graph.value(node.input[1])
+    if indices is None:
+        return _scattered(graph, node, cotangent, axis)
     size = graph.static_shape(node.input[0], axis)[0] if shape[axis] is None else shape[axis] or 0
     flat = cotangent
     if indices.ndim != 1:
         flat = reshape_to(graph, cotangent, (*shape[:axis], indices.size, *shape[axis + 1 :]))
     return put_back(graph, flat, axis, indices.reshape(-1) % size, size, len(shape))
+
+
+def _scattered(graph: Graph, node: NodeProto, cotangent: str, axis: int) -> str:
+    """The rule of Gather where the indices vary, as in flattened tensors whose length depends on the batch."""
+    x, indices = node.input
+    width = graph.rank(indices)
+    order = [*range(axis, axis + width), *range(axis), *range(axis + width, graph.rank(node.output[0]))]
+    front = [axis, *range(axis), *range(axis + 1, graph.rank(x))]
+    if axis:
+        cotangent = graph.op("Transpose", cotangent, perm=order)
+    zeros = graph.op("Transpose", zeros_like(graph, x), perm=front) if axis else zeros_like(graph, x)
+    positions = graph.op("Unsqueeze", indices, graph.constant([-1]))
+    result = graph.op("ScatterND", zeros, positions, cotangent, reduction="add")
+    return graph.op("Transpose", result, perm=np.argsort(front).tolist()) if axis else result
 
 
 @rule("GatherElements")
