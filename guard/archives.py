@@ -50,11 +50,8 @@ def fetch(name: str, target: Path) -> None:
     with TemporaryDirectory() as folder:
         for address, checksum in archive.files.items():
             file = address.rpartition("/")[2]
-            downloader = pooch.HTTPDownloader(
-                progressbar=_Bar(f"fetch {file}"), chunk_size=1 << 18, timeout=30
-            )
             try:
-                pooch.retrieve(address, checksum, fname=file, path=folder, downloader=downloader)
+                pooch.retrieve(address, checksum, fname=file, path=folder, downloader=_download)
                 contents[file] = (Path(folder) / file).read_bytes()
             except requests.RequestException as error:
                 raise DataError(
@@ -79,25 +76,17 @@ FORMAT = (
 )
 
 
-class _Bar:
-    """What pooch asks of a progress bar, shown by ours: `total` and `update` in bytes."""
+def _download(address: str, output: str, _: object) -> None:
+    """A pooch downloader that shows our progress and leaves no connection open."""
+    import requests
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._progress: Progress | None = None
-        self.total = 0
-
-    def update(self, size: int) -> None:
-        if self._progress is None:
-            self._progress = Progress(self.total, self._label).__enter__()
-        self._progress.advance(min(size, max(0, self.total - self._progress.count)))
-
-    def reset(self) -> None:
-        """Pooch rewinds the bar before it fills it at the end; ours is full already."""
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
+    with requests.get(address, stream=True, timeout=30) as response, Path(output).open("wb") as file:
+        response.raise_for_status()
+        size = int(response.headers.get("content-length", 0))
+        with Progress(size, f"fetch {address.rpartition('/')[2]}") as progress:
+            for chunk in response.iter_content(1 << 18):
+                file.write(chunk)
+                progress.advance(len(chunk))
 
 
 def cifar(contents: Mapping[str, bytes]) -> Arrays:

@@ -91,7 +91,7 @@ def test_split(source: str | Path, training: Dataset) -> Dataset | None:
     if path.is_dir():
         return load(path, "test") if (path / "test").is_dir() else None
     if path.suffix == ".npz":
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             if "x_test" not in archive:
                 return None
     test = load(source, "test")
@@ -153,7 +153,7 @@ def digest_of(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> st
 def _from_npz(path: Path, name: str, split: Split) -> Dataset:
     x, y = f"x_{split}", f"y_{split}"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if x not in archive:
                 raise DataError(
                     f"{path}: has no array {x!r}, only {', '.join(archive.files)}. Expected {FORMAT}."

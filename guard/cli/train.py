@@ -1,6 +1,7 @@
 """`guard train`: a classifier that is hard to fool, from a data set."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from guard.cli.options import Subparsers, add_command, arguments_of, emit
@@ -72,9 +73,8 @@ guard export runs/tulip --out models/tulip""",
     course.add_argument(
         "--held-out",
         type=int,
-        default=1000,
         metavar="N",
-        help="last training images kept for the log's accuracy (default: 1000)",
+        help="last training images kept for the log's accuracy (default: 1000, at most a tenth)",
     )
     course.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
@@ -133,12 +133,14 @@ def run(arguments: argparse.Namespace) -> int:
         padding=arguments.crop,
         mirror=arguments.dataset not in _NOT_MIRRORED if mirror is None else mirror,
         cutout=arguments.cutout,
-        held_out=arguments.held_out,
+        held_out=arguments.held_out or 0,
         precision=chosen_precision(arguments.precision, device),
         seed=arguments.seed,
     )
     settings.check()
     training = data.load(arguments.dataset, "train")
+    if arguments.held_out is None:
+        settings = replace(settings, held_out=min(1000, len(training) // 10))
     result = train(
         training,
         settings,
@@ -153,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [f"wrote {arguments.out}"]
     held_out = result.metrics.get("held_out_accuracy")
     if held_out is not None:
-        lines.append(f"  accuracy  {held_out:.2%} of {arguments.held_out} images held out")
+        lines.append(f"  accuracy  {held_out:.2%} of {settings.held_out} images held out")
     if result.test_accuracy is not None:
         lines.append(f"  accuracy  {result.test_accuracy:.2%} of the test images")
     lines.append(f"next: guard export {arguments.out} --out BUNDLE")

@@ -142,8 +142,12 @@ def build(name: str, *, mean: Sequence[float], deviation: Sequence[float], num_c
     `mean` and `deviation` have one entry per input channel, in units of [0, 1]. Raises `UsageError` where no
     architecture has that name.
     """
+    return builder(name)(mean, deviation, num_classes)
+
+
+def builder(name: str) -> Builder:
+    """What builds the architecture called `name`; raises `UsageError`, listing the known ones."""
     if name not in ARCHITECTURES:
-        raise UsageError(
-            f"unknown architecture {name!r}: expected one of {', '.join(sorted(ARCHITECTURES))}."
-        )
-    return ARCHITECTURES[name](mean, deviation, num_classes)
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UsageError(f"unknown architecture {name!r}: expected one of {known}.")
+    return ARCHITECTURES[name]

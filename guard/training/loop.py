@@ -38,10 +38,11 @@ Metrics = dict[str, float]
 class Settings:
     """All that decides the trained weights, beside the data, the thread count and the device.
 
-    `learning_rate` is the peak, reached after the share `warmup` of training; `weight_decay` is for weights
-    of more than one axis; `padding` is the furthest shift of a crop and `cutout` the side of the painted
-    square, in pixels; `held_out` is how many of the last training images are kept for the log's accuracy;
-    `precision` is what convolutions and products are computed in.
+    `regularizers` are written as on the command line; `learning_rate` is the peak, reached after the share
+    `warmup` of training; `weight_decay` is for weights of more than one axis; `padding` is the furthest shift
+    of a crop and `cutout` the side of the painted square, in pixels; `held_out` is how many of the last
+    training images are kept for the log's accuracy; `precision` is what convolutions and products are
+    computed in.
     """
 
     architecture: str = "compact-resnet"
@@ -67,6 +68,9 @@ class Settings:
             if not holds:
                 raise UsageError(f"{flag} is {value}: expected {expected}.")
 
+        architectures.builder(self.architecture)
+        for text in self.regularizers:
+            regularizers.parse(text)
         demand(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         demand(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more")
         rate = self.learning_rate
