@@ -27,7 +27,7 @@ BUDGET = 1.0
 def rounded(
     detector: Detector, image: NDArray[np.float32], attacked: NDArray[np.float32], label: int
 ) -> NDArray[np.uint8] | None:
-    """The attacked image (1, C, H, W) as 8-bit pixels (H, W, C), pushed on until it is hostile when rounded."""
+    """The attacked image (1, C, H, W) as 8-bit pixels (H, W, C), stretched until it fools the model."""
     for stretch in np.arange(1.0, 3.0, 0.05):
         moved = np.clip(image + np.float32(stretch) * (attacked - image), 0, 1)
         pixels = np.rint(255 * moved[0].transpose(1, 2, 0)).astype(np.uint8)
