@@ -347,7 +347,7 @@ def test_a_reader_that_goes_away_is_no_error(bundle: Path, tmp_path: Path) -> No
         process.stdout.close()
         err = process.stderr.read()
     assert b"Traceback" not in err
-    assert b"error" not in err
+    assert b"guard: error" not in err
     assert process.returncode == 1
 
 
