@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Norm = Literal["l2", "linf"]
 Loss = Literal["margin", "cross-entropy", "probability-margin"]
+Linear = Literal["steepest", "aligned"]
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
@@ -252,29 +253,36 @@ def largest_remainder(
     *,
     norm: Norm,
     steps: int = 20,
+    linear: Linear = "steepest",
 ) -> Remainder:
-    """Largest l(x + v) - l(x) - <v, ∇l(x)> over ||v|| <= eps (B,) that projected ascent finds from each
+    """How far the loss can rise above its linear part for ||v||_q <= eps (B,), by projected ascent from each
     start.
 
     l is the logit margin loss with class `labels` held fixed, `base_loss` and `base_gradient` its value and
-    gradient at the images. v is free, not clipped. The remainder's own gradient is ∇l(x + v) - ∇l(x); steps
-    fall linearly from eps to eps / 10. Never below 0, which v = 0 reaches. A lower bound of the supremum
-    (SCALE, eq. 5).
+    gradient at the images; v is free, not clipped. With `linear` "aligned" the remainder is SCALE's (eq. 5),
+    l(x + v) - l(x) - <v, ∇l(x)>, whose gradient is ∇l(x + v) - ∇l(x). With "steepest" it is l(x + v) - l(x) -
+    ||v||_q ||∇l(x)||_{q*}: at most SCALE's, and what its bound (eq. 6) needs; the ascent follows ∇l(x + v).
+    Steps fall linearly from eps to eps / 10. Never below 0, which v = 0 reaches. A lower bound of the
+    supremum.
     """
     value = np.zeros(len(images))
     shift = np.zeros_like(images)
-    slope = dual_length(base_gradient, norm)
+    base_slope = dual_length(base_gradient, norm)
+    slope = base_slope.copy()
     for start in starts:
         here = project(start, eps, norm)
         for step in range(steps + 1):
             _, losses, gradient = model.loss_gradient(images + here, labels, "margin")
-            remainder = losses.astype(np.float64) - base_loss - inner(here, base_gradient)
+            slope = np.fmax(slope, dual_length(gradient, norm))
+            rise = losses.astype(np.float64) - base_loss
+            if linear == "aligned":
+                remainder, uphill = rise - inner(here, base_gradient), gradient - base_gradient
+            else:
+                remainder, uphill = rise - length(here, norm) * base_slope, gradient
             better = remainder > value
             value[better], shift[better] = remainder[better], here[better]
-            slope = np.fmax(slope, dual_length(gradient, norm))
             if step < steps:
-                here = here + column(_rate(eps, step, steps)) * steepest(gradient - base_gradient, norm)
-                here = project(here, eps, norm)
+                here = project(here + column(_rate(eps, step, steps)) * steepest(uphill, norm), eps, norm)
     return Remainder(value, shift, slope)
 
 

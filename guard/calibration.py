@@ -184,7 +184,7 @@ class _Run:
         conformal = min(effort.distance_images, len(folds["conformal"]))
         per_norm = (
             omega * (self._screening() + effort.kept * self._ascent())
-            + 0.1 * omega * 2 * self._ascent()
+            + 0.08 * omega * 2 * (self._screening() + self._ascent())
             + violations * self._pgd()
             + (distances + conformal) * self._nearest()
         )
@@ -398,7 +398,7 @@ class _Run:
         mean_radius = float(radius[nearest][reached].mean()) if reached.any() else 0.0
         mean_distance = float(distance[reached].mean()) if reached.any() else 0.0
         count = int(inside.sum())
-        lipschitz = fitting.bound(slopes, 4 * self.effort.blocks)
+        lipschitz = fitting.bound(slopes, self.effort.blocks)
         return RadiusCalibration(
             lipschitz=lipschitz.value,
             lipschitz_fit=_record(lipschitz),
@@ -484,7 +484,8 @@ class _Run:
             found_values, slope = fitting.remainders(self.model, images, norm, again, shift)
             return {"values": found_values, "slope": slope}
 
-        looked = stages.run(f"omega-{norm}-again", indices[leading], second, cost=2 * cost)
+        cost = 2 * (self._screening() + cost)
+        looked = stages.run(f"omega-{norm}-again", indices[leading], second, cost=cost)
         first = fitting.omega(plan, values)
         values[leading] = np.fmax(values[leading], looked["values"])
         slopes[leading] = np.fmax(slopes[leading], looked["slope"])

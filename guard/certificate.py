@@ -1,24 +1,26 @@
 """Radii within which the prediction should not change, from one margin and the norm of its gradient.
 
-With logits z, predicted class c and runner-up r, M(x) = z_c - z_r >= 0 is the margin and l = -M the loss that
-an attacker raises to 0 (SCALE's modified Carlini-Wagner loss, here on logits, with c held fixed). For a
-perturbation v with ||v||_q <= eps, and g = ||grad M(x)||_{q*} in the dual norm (l2 for l2, l1 for linf),
+With logits z, predicted class c and runner-up r, M(x) = z_c - z_r >= 0 is the margin and l = max_{i != c} z_i
+- z_c the loss that an attacker raises from -M to 0 (SCALE's modified Carlini-Wagner loss, here on logits,
+with c held fixed). For a perturbation v and g = ||∇M(x)||_{q*} in the dual norm (l2 for l2, l1 for linf), let
 
-    l(x + v) <= l(x) + eps g + omega(eps),   omega(eps) = sup l(x + v) - l(x) - <v, grad l(x)>
+    omega(eps) = sup over ||v||_q <= eps of  l(x + v) - l(x) - ||v||_q g
 
-so no perturbation up to eps changes the prediction while eps g + omega(eps) <= M (SCALE, Prop. 2.2):
+be how far l can rise above its steepest linear part. Then l(x + v) <= -M + eps g + omega(eps), and no
+perturbation up to eps changes the prediction while eps g + omega(eps) <= M (SCALE, Prop. 2.2; its omega
+subtracts <v, ∇l(x)> instead, which is at most ||v|| g: ours is never larger, and the proof needs no more). So
 
     omega-bound          the largest such eps
-    L-bound              M / L,  L >= sup g            (Lipschitz constant instead of local gradient)
+    L-bound              M / L,  L >= sup g            (a Lipschitz constant instead of the local gradient)
     first-order radius   rho = M / g                   (omega left out: LIPGEN 3.7; no bound at all)
 
 omega and L are fitted to held-out images (`guard.calibration`), so what is served is an **estimate**; the
 share of held-out images for which an attack still succeeds inside the radius is measured and served beside
 it.
 
-omega grows with the image's own scale, so it may be tabulated relative to it: eps in units of rho, omega in
-units of M. Then eps g + omega(eps) <= M reads t + omega(t) <= 1 with t = eps / rho. A table may have several
-rows, one per bin of a quantity known for every image (its gradient norm, margin or first-order radius).
+omega grows with the image's own scale, so it is tabulated relative to it: eps in units of rho, omega in units
+of M. Then eps g + omega(eps) <= M reads t + omega(t) <= 1 with t = eps / rho. A table may have several rows,
+one per bin of a quantity known for every image (its gradient norm, margin or first-order radius).
 
 Radii are in pixels of the model's input, [0, 1] scale, in l2 or linf. numpy only.
 """

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks, extremes
-from guard.attacks import Differentiable, Floats, Labels, Norm
+from guard.attacks import Differentiable, Floats, Labels, Linear, Norm
 from guard.certificate import OmegaTable, first_order_radius
 from guard.errors import CalibrationError
 from guard.extremes import Extreme
@@ -19,11 +19,14 @@ from guard.extremes import Extreme
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-EPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+EPS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Grid of the modulus of continuity, in units of each image's first-order radius."""
 
 SCREENED_AT = 4
 """Index in `EPS` of the radius at which images are screened: near where radii end up."""
+
+SECOND_LOOK = 0.25
+"""Share of blocks, those with the largest maxima, whose leaders are searched again with twice the effort."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Effort:
 
     omega_images: int = 1000
     bin_images: int = 250
-    blocks: int = 25
+    blocks: int = 50
     starts: int = 3
     steps: int = 20
     kept: float = 0.5
@@ -52,11 +55,15 @@ class Effort:
     agreement_images: int = 250
 
     def scaled(self, factor: float) -> Self:
-        """The effort with `factor` times the starts and steps (at least 1 and 2), on the same images."""
+        """The effort with `factor` times the starts and steps (at least 1 and 2), on the same images.
+
+        Above 1 more of the screened images are kept, too.
+        """
         return replace(
             self,
             starts=max(1, round(self.starts * factor)),
             steps=max(2, round(self.steps * factor)),
+            kept=min(1.0, self.kept * max(1.0, factor)),
             row_steps=max(2, round(self.row_steps * factor)),
             violation_steps=max(2, round(self.violation_steps * factor)),
             distance_steps=max(2, round(self.distance_steps * factor)),
@@ -87,7 +94,13 @@ def base_of(model: Differentiable, images: Floats, norm: Norm) -> Base:
 
 
 def screen(
-    model: Differentiable, images: Floats, norm: Norm, effort: Effort, generator: np.random.Generator
+    model: Differentiable,
+    images: Floats,
+    norm: Norm,
+    effort: Effort,
+    generator: np.random.Generator,
+    *,
+    linear: Linear = "steepest",
 ) -> tuple[Values, Values, Values, Values, Floats]:
     """Margins, gradient norms, remainders at one radius in units of the margin, slopes (B,) and best shifts.
 
@@ -110,13 +123,20 @@ def screen(
         eps,
         norm=norm,
         steps=max(1, effort.steps // 2),
+        linear=linear,
     )
     relative = np.where(usable, found.value / np.where(usable, base.margin, 1.0), 0.0)
     return base.margin, base.slope, relative, found.slope, found.shift
 
 
 def remainders(
-    model: Differentiable, images: Floats, norm: Norm, effort: Effort, start: Floats
+    model: Differentiable,
+    images: Floats,
+    norm: Norm,
+    effort: Effort,
+    start: Floats,
+    *,
+    linear: Linear = "steepest",
 ) -> tuple[Values, Values]:
     """Remainders (B, E) at every eps of the grid, in units of the margin, and the longest gradients met (B,).
 
@@ -141,6 +161,7 @@ def remainders(
             EPS[at] * base.radius,
             norm=norm,
             steps=effort.steps,
+            linear=linear,
         )
         best[at] = found.shift
         values[:, at] = found.value / base.margin
@@ -189,8 +210,13 @@ def survivors(plan: Layout, screened: Values, effort: Effort) -> NDArray[np.intp
 
 
 def leaders(plan: Layout, values: Values) -> NDArray[np.intp]:
-    """Positions that hold the maximum of their block at some eps; `values` (B, E)."""
-    chosen = [block[values[block].argmax(axis=0)] for row in plan.blocks for block in row]
+    """Positions that hold the largest block maxima of their bin at some eps; `values` (B, E)."""
+    chosen = []
+    for row in plan.blocks:
+        holders = np.array([block[values[block].argmax(axis=0)] for block in row])
+        maxima = np.take_along_axis(values, holders, axis=0)
+        top = np.argsort(-maxima, axis=0, kind="stable")[: int(np.ceil(SECOND_LOOK * len(row)))]
+        chosen.append(np.take_along_axis(holders, top, axis=0).ravel())
     return np.unique(np.concatenate(chosen))
 
 

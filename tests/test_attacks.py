@@ -1,13 +1,13 @@
 """Attacks against models whose distances, remainders and second derivatives are known in closed form."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import Floats, Labels, Loss, Norm
+from guard.attacks import Floats, Labels, Linear, Loss, Norm
 from guard.runtime import Detector
 from tests import networks
 
@@ -162,14 +162,23 @@ def test_attacks_are_deterministic_by_seed() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_remainder_of_a_linear_model_is_nothing(norm: Norm) -> None:
+@pytest.mark.parametrize("linear", get_args(Linear))
+def test_remainder_of_a_linear_model_is_nothing(norm: Norm, linear: Linear) -> None:
     detector, weight = linear_detector()
     images = networks.images(10, SHAPE)
     labels = detector.logits(images).argmax(axis=1)
     _, losses, gradient = detector.loss_gradient(images, labels, "margin")
     starts = [attacks.random_directions(images.shape, norm, np.random.default_rng(0))]
     found = attacks.largest_remainder(
-        detector, images, labels, losses.astype(float), gradient, starts, np.full(10, 0.7), norm=norm
+        detector,
+        images,
+        labels,
+        losses.astype(float),
+        gradient,
+        starts,
+        np.full(10, 0.7),
+        norm=norm,
+        linear=linear,
     )
     assert found.value == pytest.approx(np.zeros(10), abs=1e-4)
     expected = np.linalg.norm(weight[0] - weight[1], ord=2 if norm == "l2" else 1)
@@ -185,10 +194,38 @@ def test_remainder_of_a_quadratic_model(norm: Norm, expected: float) -> None:
     _, losses, gradient = model.loss_gradient(images, labels, "margin")
     starts = [attacks.random_directions(images.shape, norm, np.random.default_rng(2))]
     found = attacks.largest_remainder(
-        model, images, labels, losses.astype(float), gradient, starts, np.full(4, 0.5), norm=norm, steps=40
+        model,
+        images,
+        labels,
+        losses.astype(float),
+        gradient,
+        starts,
+        np.full(4, 0.5),
+        norm=norm,
+        steps=40,
+        linear="aligned",
     )
     assert found.value == pytest.approx(np.full(4, expected), rel=0.01)
     assert (attacks.length(found.shift, norm) <= 0.5 * (1 + 1e-6)).all()
+
+
+def test_steepest_remainder_is_what_the_loss_rises_above_its_slope() -> None:
+    # l(x + v) - l(x) = <w + A x, v> + v A v / 2; with A = a I the best v lies along the gradient.
+    model = Quadratic(np.full(12, 5.0))
+    images = networks.images(4, SHAPE)
+    labels = np.zeros(4, np.int64)
+    _, losses, gradient = model.loss_gradient(images, labels, "margin")
+    start = [attacks.random_directions(images.shape, "l2", np.random.default_rng(2))]
+    found, aligned = (
+        attacks.largest_remainder(
+            model, images, labels, losses.astype(float), gradient, start, np.full(4, 0.5), norm="l2", linear=linear
+        )
+        for linear in get_args(Linear)
+    )
+    assert found.value == pytest.approx(np.full(4, 0.5 * 0.25 * 5.0), rel=0.01)
+    direction = attacks.steepest(gradient, "l2")
+    assert attacks.inner(attacks.steepest(found.shift, "l2"), direction) == pytest.approx(np.ones(4), abs=0.01)
+    assert (found.value <= aligned.value * 1.01).all()
 
 
 def test_concave_remainders_count_as_zero() -> None:
