@@ -213,7 +213,7 @@ class Graph:
         return self._shapes[name]
 
     def declare(self, name: str, like: str) -> str:
-        """States that a tensor has the shape of tensor `like`, which spares reading it off; returns `name`."""
+        """States that a tensor has the shape of tensor `like`, to spare reading it off; returns `name`."""
         self._shapes.setdefault(name, self.shape(like))
         return name
 

@@ -100,7 +100,7 @@ def slice_(graph: Graph, node: NodeProto, cotangent: str) -> str:
 
 
 def _taken(start: int, stop: int, step: int, size: int) -> Array:
-    """The indices that a Slice takes; unlike Python's, its backward slices clamp the start into the tensor."""
+    """The indices that a Slice takes; unlike Python's, a start beyond the tensor is clamped into it."""
     start, stop = (bound + size if bound < 0 else bound for bound in (start, stop))
     if step > 0:
         return np.arange(min(max(start, 0), size), min(max(stop, 0), size), step)
@@ -123,7 +123,7 @@ def gather(graph: Graph, node: NodeProto, cotangent: str) -> str:
 
 
 def _scattered(graph: Graph, node: NodeProto, cotangent: str, axis: int) -> str:
-    """The rule of Gather where the indices vary, as in flattened tensors whose length depends on the batch."""
+    """The rule of Gather where the indices vary, as in tensors flattened together with the batch."""
     x, indices = node.input
     width = graph.rank(indices)
     order = [*range(axis, axis + width), *range(axis), *range(axis + width, graph.rank(node.output[0]))]
