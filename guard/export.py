@@ -171,8 +171,9 @@ def card(
         ("regularizer", f"`{' '.join(settings['regularizers'])}`"),
         ("epochs", f"{len(epochs)} of {settings['epochs']}, batch size {settings['batch_size']}"),
         ("seed", str(settings["seed"])),
-        ("commit", f"`{made.get('commit')}`"),
     ]
+    if made.get("commit"):
+        rows.append(("commit", f"`{made['commit']}`"))
     if epochs and "seconds" in epochs[-1]:
         rows.append(("training took", f"{epochs[-1]['seconds'] / 60:.0f} minutes"))
     if tested is not None:

@@ -321,7 +321,10 @@ class TestBatches:
         second.at(4, 0)
         assert torch.equal(first.at(2, 3)[0], second.at(2, 3)[0])
         assert not torch.equal(first.at(2, 3)[0], first.at(2, 4)[0])
-        assert torch.rand(1, generator=first.at(1, 1)[2]) == torch.rand(1, generator=second.at(1, 1)[2])
+        draws = [torch.rand(1, generator=batches.at(1, 1)[2]).item() for batches in (first, second)]
+        assert draws[0] == draws[1]
+        others = [torch.rand(1, generator=first.at(*place)[2]).item() for place in ((1, 2), (2, 1))]
+        assert len({draws[0], *others}) == 3
 
     def test_cutout_paints_the_mean(self) -> None:
         batches = Batches(dataset(), replace(TINY, cutout=20), "cpu")

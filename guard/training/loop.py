@@ -138,8 +138,8 @@ def train(
         if run.path.exists():
             run.restore(checkpoint.load(run.path))
         metrics = read_metrics(out)[: run.epoch]
-        with Progress(settings.epochs * batches.steps, f"train {out.name}") as progress:
-            progress.advance(run.epoch * batches.steps + run.step)
+        done = run.epoch * batches.steps + run.step
+        with Progress(settings.epochs * batches.steps - done, f"train {out.name}") as progress:
             while run.epoch < settings.epochs:
                 metrics.append(run.finish_epoch(progress))
                 _write_metrics(out, metrics)
@@ -264,7 +264,9 @@ class Run:
             self.step += 1
             before, clock = clock, time.monotonic()
             self.seconds += clock - before
-            progress.advance(note=f"epoch {self.epoch + 1}, loss {self.sums['loss'] / self.step:.3f}")
+            progress.advance(
+                note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {self.sums['loss'] / self.step:.3f}"
+            )
             if clock - saved > CHECKPOINT_SECONDS and self.step < self.batches.steps:
                 self.save()
                 saved = clock
