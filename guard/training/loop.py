@@ -264,9 +264,8 @@ class Run:
             self.step += 1
             before, clock = clock, time.monotonic()
             self.seconds += clock - before
-            progress.advance(
-                note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {self.sums['loss'] / self.step:.3f}"
-            )
+            loss = self.sums["loss"] / self.step
+            progress.advance(note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {loss:.3f}")
             if clock - saved > CHECKPOINT_SECONDS and self.step < self.batches.steps:
                 self.save()
                 saved = clock
