@@ -1,0 +1,355 @@
+"""A bundle beside its undefended twin: accuracy, Jacobian norms, distances, detection, and attacks that know
+it.
+
+    python benchmarks/shipped_bundle.py models/cifar10 runs/twin-bundle --val cifar10 --out
+    benchmarks/results/shipped_bundle
+
+Everything is measured on images of the report fold, which no choice has looked at; thresholds of the three
+scores are set on the threshold fold at the same false positive rate (`combined` with the radii fold as
+reference). Attacked images are those that the model classifies rightly; attacks stay in [0, 1] and lead away
+from the true class. Detection counts successful attacks only. Beside it, because detection of an attack that
+ignores the detector says little: robust accuracy with rejection, the share of images accepted and right when
+clean for which no attack found within the ball an image that is wrong and accepted, attacks on the detector
+included. Writes OUT.json and OUT.md.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from guard import attacks, statistics
+from guard import bundle as bundles
+from guard.data import Dataset, folds, load, to_floats
+from guard.progress import Progress
+from guard.runtime import Detector, Measurement, score_of
+
+Floats = NDArray[np.float32]
+Values = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Labels = NDArray[np.int64]
+Score = Literal["jacobian", "radius", "combined"]
+
+SCORES: tuple[Score, ...] = get_args(Score)
+BUDGETS = (0.25, 0.5)
+DEEP: tuple[attacks.Loss, attacks.Loss] = ("cross-entropy", "margin")
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Thresholds of the three scores; an image is accepted where its ratio is at most 1."""
+
+    detector: Detector
+    thresholds: dict[Score, dict[Literal["jacobian", "radius"], float]]
+
+    def ratios(self, measured: Measurement, score: Score) -> Values:
+        """Largest score over its threshold (B,); NaN counts as infinite."""
+        pairs = self.thresholds[score].items()
+        ratio = np.max([score_of(measured, name) / threshold for name, threshold in pairs], axis=0)
+        return np.asarray(np.where(np.isnan(ratio), np.inf, ratio), dtype=np.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("twin", type=Path, help="the same network, trained without a regularizer")
+    parser.add_argument("--val", default="cifar10")
+    parser.add_argument("--fpr", type=float, default=0.05)
+    parser.add_argument("--images", type=int, default=1000, help="for attacks that ignore the detector")
+    parser.add_argument("--adaptive-images", type=int, default=200, help="for attacks on the detector")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    dataset = load(given.val, "test")
+    result: dict[str, Any] = {
+        "command": "python benchmarks/shipped_bundle.py " + " ".join(sys.argv[1:]),
+        "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
+        "machine": platform.processor() or platform.machine(),
+        "data": {"name": dataset.name, "digest": dataset.digest},
+        "fpr": given.fpr,
+        "bundle": measure(given.bundle, dataset, given),
+        "twin": measure(given.twin, dataset, given),
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    given.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def measure(folder: Path, dataset: Dataset, given: argparse.Namespace) -> dict[str, Any]:
+    bundle = bundles.load(folder)
+    detector = Detector(bundle.model, threads=given.threads)
+    order = np.random.default_rng([given.seed, 1])
+    parts = {name: order.permutation(part) for name, part in folds(len(dataset), given.seed).items()}
+    if dataset.labels is None:
+        raise SystemExit(f"{dataset.name}: has no labels; attacks need the true classes.")
+    labels = dataset.labels[parts["report"]]
+    name = bundle.manifest.name
+
+    clean = {fold: measured(detector, dataset, part, f"{name}: clean") for fold, part in parts.items()}
+    judge = calibrated(detector, clean, given.fpr)
+    report = clean["report"]
+    right = report.labels == labels
+    entry: dict[str, Any] = {
+        "name": name,
+        "model": bundle.digest,
+        "accuracy": share(right),
+        "jacobian_norm": summary(report.jacobian.astype(np.float64)),
+        "clean_rejected": {score: share(judge.ratios(report, score) > 1) for score in SCORES},
+        "radii": None if bundle.calibration is None else radii(bundle.calibration),
+    }
+
+    chosen = np.flatnonzero(right)[: given.images]
+    images, truth = to_floats(dataset.images[parts["report"][chosen]]), labels[chosen]
+    ratios = {score: judge.ratios(report, score)[chosen] for score in SCORES}
+
+    def attack(title: str, run: Callable[[Floats, Labels, int], attacks.Found]) -> attacks.Found:
+        found = []
+        with Progress(len(images), f"{name}: {title}") as progress:
+            for at in range(0, len(images), BATCH):
+                found.append(run(images[at : at + BATCH], truth[at : at + BATCH], at))
+                progress.advance(len(found[-1].images))
+        return attacks.Found(
+            *(
+                np.concatenate([getattr(part, field) for part in found])
+                for field in ("images", "success", "distance")
+            )
+        )
+
+    def minimum_norm(batch: Floats, y: Labels, _: int) -> attacks.Found:
+        return attacks.minimum_norm(detector, batch, y, norm="l2", steps=given.steps, clip=True)
+
+    def deep(eps: float, loss: attacks.Loss, batch: Floats, y: Labels, at: int) -> attacks.Found:
+        return attacks.pgd(
+            detector,
+            batch,
+            y,
+            eps,
+            norm="l2",
+            steps=given.steps,
+            restarts=1,
+            loss=loss,
+            clip=True,
+            stop=False,
+            seed=at,
+        )
+
+    def ratio(score: Score, batch: Floats) -> Values:
+        return judge.ratios(detector.measure(batch), score)
+
+    nearest = attack("minimum-norm", minimum_norm)
+    entry["distance"] = summary(nearest.distance) | {"found": share(nearest.success)}
+    entry["attacks"] = {"minimum-norm l2": detection(judge, nearest)}
+    # An image falls to a score's detector where some attack within the budget is wrong and accepted.
+    fallen = {(score, eps): np.zeros(len(images), bool) for score in SCORES for eps in BUDGETS}
+    near = {score: accepted(judge, nearest, score) for score in SCORES}
+    for eps in BUDGETS:
+        for score in SCORES:
+            fallen[score, eps] |= near[score] & (nearest.distance <= eps)
+        for loss in DEEP:
+            found = attack(f"PGD {eps} {loss}", partial(deep, eps, loss))
+            entry["attacks"][f"PGD l2 {eps}, {loss}"] = detection(judge, found)
+            for score in SCORES:
+                fallen[score, eps] |= accepted(judge, found, score)
+
+    few = slice(given.adaptive_images)
+    entry["adaptive"] = {}
+    for score in SCORES:
+        for eps in BUDGETS:
+            success = np.zeros(len(images[few]), bool)
+            with Progress(len(success), f"{name}: evading {score} at {eps}") as progress:
+                for at in range(0, len(success), BATCH):
+                    some = slice(at, min(at + BATCH, len(success)))
+                    success[some] = attacks.evade(
+                        detector,
+                        images[some],
+                        truth[some],
+                        eps,
+                        ratio=partial(ratio, score),
+                        score=score,
+                        steps=given.steps // 2,
+                        seed=at,
+                    ).success
+                    progress.advance(some.stop - some.start)
+            # Of all images, so the accuracy and the clean rejections of the fold weigh in.
+            clean_accepted = ratios[score][few] <= 1
+            stands = clean_accepted & ~success & ~fallen[score, eps][few]
+            whole = float(right.mean())
+            entry["adaptive"][f"{score}, l2 {eps}"] = {
+                "evaded": share(success),
+                "fallen_to_any_attack": share(success | fallen[score, eps][few]),
+                "robust_accuracy_with_rejection": whole * float(stands.mean()),
+                "clean_accuracy_with_rejection": whole * float(clean_accepted.mean()),
+                "n": len(success),
+            }
+    return entry
+
+
+def measured(detector: Detector, dataset: Dataset, part: NDArray[np.int64], title: str) -> Measurement:
+    pieces = []
+    with Progress(len(part), title) as progress:
+        for at in range(0, len(part), BATCH):
+            pieces.append(detector.measure(to_floats(dataset.images[part[at : at + BATCH]])))
+            progress.advance(len(pieces[-1]))
+    return Measurement.concatenate(pieces)
+
+
+def calibrated(detector: Detector, clean: dict[str, Measurement], fpr: float) -> Judge:
+    single: dict[Score, dict[Literal["jacobian", "radius"], float]] = {
+        name: {name: statistics.conformal_threshold(score_of(clean["threshold"], name), fpr)}
+        for name in ("jacobian", "radius")
+    }
+    columns = [
+        np.stack([score_of(clean[fold], name) for name in ("jacobian", "radius")], axis=1)
+        for fold in ("radii", "threshold")
+    ]
+    joint, _ = statistics.joint_thresholds(columns[0], columns[1], fpr)
+    return Judge(detector, single | {"combined": {"jacobian": float(joint[0]), "radius": float(joint[1])}})
+
+
+def accepted(judge: Judge, found: attacks.Found, score: Score) -> Flags:
+    """Successful attacks that the detector accepts."""
+    ratio = judge.ratios(judge.detector.measure(found.images), score)
+    return np.asarray(found.success & (ratio <= 1), dtype=np.bool_)
+
+
+def detection(judge: Judge, found: attacks.Found) -> dict[str, Any]:
+    """Success, and detection among the successes."""
+    success = found.success
+    entry: dict[str, Any] = {"success": share(success)}
+    if success.any():
+        hit = judge.detector.measure(found.images[success])
+        entry["median_jacobian_norm"] = float(np.median(hit.jacobian))
+        entry["detected"] = {score: share(judge.ratios(hit, score) > 1) for score in SCORES}
+    return entry
+
+
+def radii(calibration: bundles.Calibration) -> dict[str, Any]:
+    return {
+        norm: {
+            "mean_radius": fitted.mean_radius,
+            "mean_distance": fitted.mean_distance,
+            "tightness": fitted.tightness,
+            "violations": fitted.violations.model_dump(),
+            "ablation": fitted.ablation,
+            "conformal": None if fitted.conformal is None else fitted.conformal.model_dump(),
+        }
+        for norm, fitted in (("l2", calibration.l2), ("linf", calibration.linf))
+    }
+
+
+def share(flags: Flags) -> dict[str, float]:
+    count, n = int(flags.sum()), len(flags)
+    interval = statistics.clopper_pearson(count, n)
+    return {"count": count, "n": n, "value": count / n, "lower": interval.lower, "upper": interval.upper}
+
+
+def summary(values: Values) -> dict[str, float]:
+    """Mean with its standard error, and median with its 95% interval from order statistics."""
+    finite = np.sort(values[np.isfinite(values)])
+    n = len(finite)
+    spread = 0.98 * np.sqrt(n)
+    low, high = max(0, int(n / 2 - spread)), min(n - 1, int(np.ceil(n / 2 + spread)))
+    return {
+        "n": n,
+        "mean": float(finite.mean()),
+        "standard_error": float(finite.std(ddof=1) / np.sqrt(n)),
+        "median": float(np.median(finite)),
+        "median_lower": float(finite[low]),
+        "median_upper": float(finite[high]),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as tables, the bundle beside its twin."""
+    pair = [result["bundle"], result["twin"]]
+    lines = [
+        "# A bundle beside its undefended twin",
+        "",
+        f"`{result['command']}`, onnxruntime {result['versions']['onnxruntime']}. 95% intervals in brackets.",
+        "",
+        f"| | {pair[0]['name']} | {pair[1]['name']} (undefended) |",
+        "|---|---|---|",
+    ]
+
+    def row(title: str, cells: list[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    row("clean accuracy", [percent(entry["accuracy"]) for entry in pair])
+    norms = [entry["jacobian_norm"] for entry in pair]
+    row("mean Jacobian norm", [f"{one['mean']:.3f} ± {1.96 * one['standard_error']:.3f}" for one in norms])
+    distances = [entry["distance"] for entry in pair]
+    row(
+        "median minimum-norm l2 distance",
+        [
+            f"{one['median']:.3f} [{one['median_lower']:.3f}, {one['median_upper']:.3f}] (n = {one['n']})"
+            for one in distances
+        ],
+    )
+    for score in SCORES:
+        row(f"clean images rejected by {score}", [percent(entry["clean_rejected"][score]) for entry in pair])
+    for name in pair[0]["attacks"]:
+        both = [entry["attacks"][name] for entry in pair]
+        row(f"**{name}**: success", [percent(one["success"]) for one in both])
+        for score in SCORES:
+            row(f"detected by {score}", [percent(one.get("detected", {}).get(score)) for one in both])
+    for name in pair[0]["adaptive"]:
+        both = [entry["adaptive"][name] for entry in pair]
+        row(
+            f"**evading {name}**: success, the attacker knowing the detector",
+            [percent(one["evaded"]) for one in both],
+        )
+        row(
+            "robust accuracy with rejection, all attacks (clean accuracy with rejection)",
+            [
+                f"{one['robust_accuracy_with_rejection']:.1%} ({one['clean_accuracy_with_rejection']:.1%})"
+                for one in both
+            ],
+        )
+    for norm in ("l2", "linf"):
+        fitted = [None if entry["radii"] is None else entry["radii"][norm] for entry in pair]
+        row(
+            f"mean {norm} omega-bound radius / mean smallest distance",
+            [
+                f"{one['mean_radius']:.4f} / {one['mean_distance']:.4f} = {one['tightness']:.2f}"
+                if one
+                else "-"
+                for one in fitted
+            ],
+        )
+        row(
+            f"attacked inside the {norm} radius",
+            [
+                f"{one['violations']['count']} of {one['violations']['n']} "
+                f"(at most {one['violations']['upper']:.2%})"
+                if one
+                else "-"
+                for one in fitted
+            ],
+        )
+    return "\n".join(lines) + "\n"
+
+
+def percent(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return "-"
+    return f"{entry['value']:.1%} [{entry['lower']:.1%}, {entry['upper']:.1%}] (n = {entry['n']})"
+
+
+if __name__ == "__main__":
+    main()
