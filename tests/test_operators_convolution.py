@@ -47,6 +47,8 @@ PLAIN = [
     conv((2, 3), (4, 4, 4), (2, 2, 2)),
 ]
 STRIDED = [
+    conv((20, 3), (7, 8), (3, 3), strides=[2, 2], pads=[1, 1, 1, 1]),  # too many channels to stack the phases
+    conv((9, 3), (9, 8), (5, 4), strides=[3, 3], pads=[2, 1, 0, 1]),
     conv((3, 4), (8, 8), (3, 3), strides=[2, 2], pads=[1, 1, 1, 1]),
     conv((3, 4), (7, 9), (3, 3), strides=[2, 2], pads=[1, 1, 1, 1]),
     conv((3, 4), (8, 8), (1, 1), strides=[2, 2]),

@@ -19,6 +19,8 @@ from onnx import NodeProto
 from guard.graph import Array, Graph, attributes
 from guard.operators.registry import data_rule
 
+STACKED_CHANNELS = 64  # up to here one convolution for all phases, zeros included, beats several thin ones
+
 
 @dataclass(frozen=True)
 class Window:
@@ -115,8 +117,7 @@ def scatter_windows(
         end = [n - o + b for n, o, b in zip(geometry.input, geometry.output, geometry.begin, strict=True)]
         flipped = graph.once(("flipped", key, group), lambda: graph.constant(_swapped(weight, group)))
         return _padded_conv(graph, cotangent, flipped, begin, end, dilations=geometry.dilations, group=group)
-    square = len(geometry.kernel) == 2 and len(set(geometry.strides)) == 1
-    if graph.provider == "cpu" and square and set(geometry.dilations) == {1}:
+    if graph.provider == "cpu" and _worth_phases(geometry):
         return _phases(graph, cotangent, weight, geometry, group, key)
     behind = [
         s * (o - 1) + r + 1 - b - n
@@ -136,53 +137,68 @@ def scatter_windows(
     )
 
 
+def _worth_phases(geometry: Window) -> bool:
+    """Where onnxruntime's ConvTranspose, a matrix product and a serial scatter, is the slower lowering: not
+    for 1x1 kernels, of which all phases but one are empty.
+    """
+    square = len(geometry.kernel) == 2 and len(set(geometry.strides)) == 1 and set(geometry.dilations) == {1}
+    return square and all(k >= s for k, s in zip(geometry.kernel, geometry.strides, strict=True))
+
+
 def _phases(graph: Graph, cotangent: str, weight: Array, geometry: Window, group: int, key: str) -> str:
     """Input row s j + r meets only the kernel rows t = r + b (mod s): t = first + s u at output row
     j + q - u, with first = (r + b) mod s, q = (r + b) div s. Likewise for columns.
     """
     stride = geometry.strides[0]
     rows = [-(-n // stride) for n in geometry.input]
-    phases: list[tuple[tuple[int, ...], tuple[int, ...], Array]] = []
+    parts: list[Array] = []
+    begins: list[list[int]] = []
     for offsets in product(range(stride), repeat=2):
         firsts = [(r + b) % stride for r, b in zip(offsets, geometry.begin, strict=True)]
-        part = weight[:, :, firsts[0] :: stride, firsts[1] :: stride]
+        parts.append(_swapped(weight[:, :, firsts[0] :: stride, firsts[1] :: stride], group))
         shifts = [(r + b) // stride for r, b in zip(offsets, geometry.begin, strict=True)]
-        begin = tuple(count - 1 - q for count, q in zip(part.shape[2:], shifts, strict=True))
-        end = tuple(j - o + q for j, o, q in zip(rows, geometry.output, shifts, strict=True))
-        phases.append((begin, end, part))
+        begins.append([count - 1 - q for count, q in zip(parts[-1].shape[2:], shifts, strict=True)])
+    if group == 1 and weight.shape[1] * stride**2 <= STACKED_CHANNELS:
+        parts, begins = [_stacked(parts, begins)], [[max(b) for b in zip(*begins, strict=True)]]
 
-    def convolved(begin: Sequence[int], end: Sequence[int], parts: Sequence[Array], which: int) -> str:
-        swapped = np.concatenate([_swapped(part, group) for part in parts])
-        kernel = graph.once(("phase", key, stride, geometry.begin, which), lambda: graph.constant(swapped))
+    def convolved(which: int) -> str:
+        part, begin = parts[which], begins[which]
+        kernel = graph.once(("phase", key, geometry, group, which), lambda: graph.constant(part))
+        end = [
+            j - o + count - 1 - b
+            for j, o, count, b in zip(rows, geometry.output, part.shape[2:], begin, strict=True)
+        ]
         return _padded_conv(graph, cotangent, kernel, begin, end, group=group)
 
-    channels = weight.shape[1] * group
-    geometries = {(begin, end, part.shape[2:]) for begin, end, part in phases}
-    if len(geometries) == 1 and group == 1:
-        begin, end, _ = phases[0]
-        stacked = convolved(begin, end, [part for _, _, part in phases], -1)
-        result = graph.op("DepthToSpace", stacked, blocksize=stride, mode="DCR")
-    else:
-        pieces = [
-            convolved(begin, end, [part], which) if part.size else None
-            for which, (begin, end, part) in enumerate(phases)
+    phases = [convolved(which) for which in range(len(parts))]
+    stacked = graph.op("Concat", *phases, axis=1) if len(phases) > 1 else phases[0]
+    result = graph.op("DepthToSpace", stacked, blocksize=stride, mode="DCR")
+    return _cropped(
+        graph, result, [0, 0], [j * stride - n for j, n in zip(rows, geometry.input, strict=True)]
+    )
+
+
+def _stacked(parts: Sequence[Array], begins: Sequence[Sequence[int]]) -> Array:
+    """The kernels of all phases as one, each padded with zeros to the window that covers them all."""
+    front = [max(b) for b in zip(*begins, strict=True)]
+    widths = [
+        [(f - b, part.shape[2 + axis]) for axis, (f, b) in enumerate(zip(front, begin, strict=True))]
+        for part, begin in zip(parts, begins, strict=True)
+    ]
+    size = [max(before + count for before, count in column) for column in zip(*widths, strict=True)]
+    return np.concatenate(
+        [
+            np.pad(
+                part,
+                [
+                    (0, 0),
+                    (0, 0),
+                    *((before, s - before - count) for (before, count), s in zip(width, size, strict=True)),
+                ],
+            )
+            for part, width in zip(parts, widths, strict=True)
         ]
-        present = [piece for piece in pieces if piece]
-        if len(present) == 1 and pieces[0]:
-            result = _spread(graph, present[0], channels, rows, stride)
-        else:
-            blank = "" if len(present) == len(pieces) else (graph.tensor(present[0]) * 0.0).name
-            stacked = graph.op("Concat", *(piece or blank for piece in pieces), axis=1)
-            result = graph.op("DepthToSpace", stacked, blocksize=stride, mode="DCR")
-    excess = [j * stride - n for j, n in zip(rows, geometry.input, strict=True)]
-    return _cropped(graph, result, [0, 0], excess)
-
-
-def _spread(graph: Graph, name: str, channels: int, rows: Sequence[int], stride: int) -> str:
-    """Places each pixel in the first corner of a block of zeros."""
-    apart = graph.op("Reshape", name, graph.constant([-1, channels, rows[0], 1, rows[1], 1]))
-    padded = graph.op("Pad", apart, graph.constant([0] * 9 + [stride - 1, 0, stride - 1]))
-    return graph.op("Reshape", padded, graph.constant([-1, channels, rows[0] * stride, rows[1] * stride]))
+    )
 
 
 def _swapped(weight: Array, group: int) -> Array:
