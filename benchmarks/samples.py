@@ -30,7 +30,7 @@ def rounded(
     """The attacked image (1, C, H, W) as 8-bit pixels (H, W, C), stretched until it fools the model."""
     for stretch in np.arange(1.0, 3.0, 0.05):
         moved = np.clip(image + np.float32(stretch) * (attacked - image), 0, 1)
-        pixels = np.rint(255 * moved[0].transpose(1, 2, 0)).astype(np.uint8)
+        pixels: NDArray[np.uint8] = np.rint(255 * moved[0].transpose(1, 2, 0)).astype(np.uint8)
         if int(detector.logits(to_floats(pixels[None])).argmax()) != label:
             return pixels
     return None
@@ -76,8 +76,7 @@ def main() -> None:
         for name, pixels in pictures.items():
             Image.fromarray(pixels).save(folder / samples.FOLDER / name)
         write_bytes(folder / samples.FOLDER / samples.INDEX, samples.dump([*clean, *found]))
-        manifest = bundle.manifest.model_copy(update={"files": bundles.digests(folder)})
-        write_bytes(folder / bundles.MANIFEST, bundles.dump(manifest))
+        bundles.seal(folder, bundle.manifest)
 
 
 if __name__ == "__main__":

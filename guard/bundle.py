@@ -5,7 +5,6 @@ and the version of the gradient graph it was made with. Loading checks all of th
 certifies with parts that do not belong together.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guard.errors import BundleError
+from guard.files import sha256, write_bytes
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
@@ -161,6 +161,9 @@ class RadiusCalibration(Record):
     effort: dict[str, Any]
     ablation: dict[str, float] = Field(default_factory=dict, description="mean L-bound, first-order radius")
     conformal: ConformalScale | None = None
+    histogram: Histogram | None = Field(
+        default=None, description="served radii of clean report images; rejected ones count as radius 0"
+    )
 
 
 class Calibration(Record):
@@ -220,12 +223,6 @@ class Bundle:
                 f"{self.path}: not calibrated (no {CALIBRATION}). Run: guard calibrate {self.path} --val DATA"
             )
         return self.calibration
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -292,6 +289,21 @@ def load(folder: str | Path, *, graph_version: int | None = None) -> Bundle:
             f"builds version {graph_version}. Run: guard calibrate {path} --val DATA"
         )
     return Bundle(path, manifest, calibration)
+
+
+def check_target(out: Path) -> None:
+    """Raises `BundleError` where a new bundle would overwrite something that is none."""
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"{out}: is a file; expected a folder for the bundle. Choose a new folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise BundleError(f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder.")
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Writes and returns the manifest of the files that now lie in `folder`: a bundle's last step."""
+    sealed = manifest.model_copy(update={"files": digests(folder)})
+    write_bytes(folder / MANIFEST, dump(sealed))
+    return sealed
 
 
 def dump(record: Record) -> bytes:

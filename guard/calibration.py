@@ -22,7 +22,6 @@ from guard.attacks import Differentiable, Norm
 from guard.bundle import (
     CALIBRATION,
     CARD,
-    MANIFEST,
     MODEL,
     Agreement,
     Bundle,
@@ -64,6 +63,7 @@ INSIDE = 1 - 1e-4
 
 _SPREAD = 2.5  # the histogram's even bins end at so many thresholds
 _BINS = 50
+_RADIUS_BINS = 100
 
 # Cost in passes that give one gradient, per image: for the time that is left.
 _PASS = 1.4
@@ -399,6 +399,8 @@ class _Run:
         mean_distance = float(distance[reached].mean()) if reached.any() else 0.0
         count = int(inside.sum())
         lipschitz = fitting.bound(slopes, self.effort.blocks)
+        scale = self._conformal_scale(stages, norm, conformal)
+        served = radius if scale is None else scale.kappa * first_order_radius(report.margin, slope)
         return RadiusCalibration(
             lipschitz=lipschitz.value,
             lipschitz_fit=_record(lipschitz),
@@ -433,7 +435,8 @@ class _Run:
                 "l_bound": float(l_bound(report.margin[nearest], lipschitz.value).mean()),
                 "first_order": float(_finite(first_order_radius(report.margin, slope)[nearest]).mean()),
             },
-            conformal=self._conformal_scale(stages, norm, conformal),
+            conformal=scale,
+            histogram=radius_histogram(np.where(rejected, 0.0, served)),
         )
 
     def _fit_omega(
@@ -556,6 +559,14 @@ def histogram(scores: Float64, threshold: float) -> Histogram:
     return Histogram(edges=edges.tolist(), counts=counts.tolist())
 
 
+def radius_histogram(radii: Float64) -> Histogram:
+    """Counts of radii in even bins up to the largest; unbounded ones count in the last."""
+    finite = radii[np.isfinite(radii)]
+    end = float(finite.max(initial=0.0)) or 1.0
+    counts, edges = np.histogram(np.where(np.isposinf(radii), end, radii), _RADIUS_BINS, (0.0, end))
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())
+
+
 def _change(first: OmegaTable, second: OmegaTable) -> dict[str, float]:
     """Largest relative growth of omega, over the whole grid and where radii end up (omega between 0.2 and
     0.8).
@@ -610,5 +621,4 @@ def _write(found: Bundle, calibration: Calibration) -> None:
         write_bytes(folder / CALIBRATION, bundle.dump(calibration))
         card = folder / CARD
         write_text(card, with_calibration(card.read_text() if card.is_file() else "", calibration))
-        manifest = found.manifest.model_copy(update={"files": bundle.digests(folder)})
-        write_bytes(folder / MANIFEST, bundle.dump(manifest))
+        bundle.seal(folder, found.manifest)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from guard.autodiff import check_differentiable
-from guard.bundle import CARD, MANIFEST, MODEL, InputShape, Manifest, Preprocessing, digests, dump
-from guard.errors import BundleError, ModelError
+from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
+from guard.errors import ModelError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
 from guard.training import architectures, checkpoint
@@ -51,7 +51,7 @@ def export(
     Raises `TrainingError` where `run` holds no run or no checkpoint, `ModelError` where ONNX and torch
     disagree or the model has no gradients, and `BundleError` where `out` is another kind of folder.
     """
-    _check_target(out)
+    check_target(out)
     config = read_config(run)
     state = checkpoint.load(run / checkpoint.CHECKPOINT)
     data = config["data"]
@@ -85,8 +85,7 @@ def export(
     with atomic_folder(out) as folder:
         write_bytes(folder / MODEL, graph.SerializeToString())
         write_text(folder / CARD, card(description, config, read_metrics(run), difference))
-        manifest = description.model_copy(update={"files": digests(folder)})
-        write_bytes(folder / MANIFEST, dump(manifest))
+        manifest = seal(folder, description)
     return Exported(manifest, difference)
 
 
@@ -235,10 +234,3 @@ def _strip(graph: onnx.ModelProto) -> None:
     for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
         value.doc_string = ""
         del value.metadata_props[:]
-
-
-def _check_target(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise BundleError(f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder.")
-    if out.exists() and not out.is_dir():
-        raise BundleError(f"{out}: is a file; expected a folder for the bundle. Choose a new folder.")

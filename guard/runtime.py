@@ -236,7 +236,10 @@ class Detector:
 
     def _cuda_or_cpu(self, *, required: bool) -> Provider:
         if ORT_PROVIDERS["cuda"] in ort.get_available_providers():
+            # The wheel lists CUDA wherever it is installed, and reports at length that it cannot load it.
+            ort.set_default_logger_severity(4)
             session = session_of(self.model, provider="cuda", threads=self.threads)
+            ort.set_default_logger_severity(2)
             if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:
                 log.info("running on CUDA")
                 return "cuda"

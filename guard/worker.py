@@ -296,7 +296,7 @@ def clean_rejection(calibration: Calibration, policy: Policy) -> tuple[float, fl
     least = [(calibration.l2, policy.min_radius_l2), (calibration.linf, policy.min_radius_linf)]
     demanded = [(radii, radius) for radii, radius in least if radius is not None]
     for radii, radius in demanded:
-        histogram = getattr(radii, "histogram", None)
+        histogram = radii.histogram
         if histogram is None:
             return None
         counts, edges = np.asarray(histogram.counts), np.asarray(histogram.edges)

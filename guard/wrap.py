@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of
 from guard.autodiff import check_differentiable
-from guard.bundle import CARD, MANIFEST, MODEL, InputShape, Manifest, Preprocessing, digests, dump
-from guard.errors import BundleError, DataError, ModelError, UsageError
+from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
+from guard.errors import DataError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
 from guard.runtime import Detector
@@ -186,7 +186,7 @@ def wrap(
     Raises what `read_model`, `wrap_model`, `preprocessing` and `read_classes` raise, and `BundleError`.
     """
     source, out = Path(source), Path(out)
-    _check_target(out)
+    check_target(out)
     model = read_model(source)
     uploads = preprocessing(form_of(model, outside).shape, resize=resize, crop=crop, stretch=stretch)
     wrapped = wrap_model(model, outside)
@@ -206,8 +206,7 @@ def wrap(
     with atomic_folder(out) as folder:
         write_bytes(folder / MODEL, wrapped.model.SerializeToString())
         write_text(folder / CARD, _card(description, wrapped, source))
-        manifest = description.model_copy(update={"files": digests(folder)})
-        write_bytes(folder / MANIFEST, dump(manifest))
+        manifest = seal(folder, description)
     return manifest, wrapped
 
 
@@ -346,16 +345,6 @@ def _json_names(path: Path, text: str) -> list[str]:
         raise DataError(
             f"{path}: expected a JSON list of names, or an object whose keys are the class numbers from 0."
         ) from error
-
-
-def _check_target(out: Path) -> None:
-    if out.is_dir():
-        if any(out.iterdir()) and not (out / MANIFEST).is_file():
-            raise BundleError(
-                f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder."
-            )
-    elif out.exists():
-        raise BundleError(f"{out}: is a file; expected a folder for the bundle. Choose a new folder.")
 
 
 def _card(manifest: Manifest, wrapped: Wrapped, source: Path) -> str:

@@ -15,6 +15,7 @@ from guard import bundle
 from guard.cli import main
 from guard.errors import BundleError, ModelError, TrainingError
 from guard.export import compare, export, to_onnx
+from guard.files import sha256
 from guard.training import architectures, checkpoint
 from guard.training.architectures import CompactResNet, PreActResNet18
 from guard.training.loop import read_metrics
@@ -184,7 +185,7 @@ class TestCommands:
         record = json.loads(capsys.readouterr().out)
         assert record["name"] == bundle.load(out).manifest.name == "again"
         assert record["difference"] < 1e-4
-        assert record["sha256"] == bundle.sha256(out / "model.onnx") == bundle.sha256(exported / "model.onnx")
+        assert record["sha256"] == sha256(out / "model.onnx") == sha256(exported / "model.onnx")
 
     @pytest.mark.parametrize(
         ("arguments", "status", "message"),
