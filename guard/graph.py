@@ -29,7 +29,7 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 OPSET_FLOOR = 17
-PROBE_BATCHES = (2, 3)
+PROBE_BATCHES = (2, 5)  # B // 2, B % 2 and the like differ too
 SHAPE_READERS = frozenset({"Shape", "Size"})
 SMALL = 1024  # elements; larger constants are not copied into models that only serve inference or probing
 
@@ -82,18 +82,10 @@ class Graph:
         model = _prepared(model)
         # weights are shared with the caller's model, not copied, and never written to
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._model = _without_weights(model)
+        self._model = _frame(model)
         self._arrays: dict[str, Array] = {}
         self._nodes: list[NodeProto] = []
-        for node in self._model.graph.node:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                self._initializers[node.output[0]] = _constant_tensor(node)
-            else:
-                self._nodes.append(node)
-        del self._model.graph.node[:]
-        real = [value for value in self._model.graph.input if value.name not in self._initializers]
-        del self._model.graph.input[:]
-        self._model.graph.input.extend(real)
+        self._take(model.graph.node)
         self._names = {name for node in self._nodes for name in (*node.input, *node.output)}
         self._names |= {*self._initializers, *self.inputs}
         self._counter = 0
@@ -101,6 +93,8 @@ class Graph:
         self._memo: dict[Hashable, Any] = {}
         self._shapes: dict[str, Shape] = {}
         self._types: dict[str, int] = {}
+        if any(node.op_type == "If" for node in self._nodes):
+            self._take_constant_branches()
 
     @property
     def nodes(self) -> Sequence[NodeProto]:
@@ -292,8 +286,10 @@ class Graph:
         if name in self._arrays:
             return self._arrays[name].dtype
         if name not in self._types:
-            self._types = {n: v.type.tensor_type.elem_type for n, v in self._inferred().items()} | self._types
-        return helper.tensor_dtype_to_np_dtype(self._types.get(name) or TensorProto.FLOAT)
+            known = {n: v.type.tensor_type.elem_type for n, v in self._inferred().items()}
+            names = (output for node in self._nodes for output in node.output)
+            self._types = {n: known.get(n) or TensorProto.FLOAT for n in (*self.inputs, *names)} | self._types
+        return helper.tensor_dtype_to_np_dtype(self._types[name])
 
     def build(self, outputs: Mapping[str, str] | Sequence[str]) -> onnx.ModelProto:
         """The model that computes `outputs`: tensor names, or a mapping from new names to tensor names.
@@ -323,6 +319,35 @@ class Graph:
             values.append(value)
         nodes = [*self._reaching(list(renamed.values())), *identities]
         return self._assembled(nodes, values, large_as_inputs=False)[0]
+
+    def _take(self, nodes: Iterable[NodeProto]) -> None:
+        """Appends copies of a model's nodes; Constant nodes become constants."""
+        for node in nodes:
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                self._initializers[node.output[0]] = _constant_tensor(node)
+            else:
+                self._nodes.append(NodeProto())
+                self._nodes[-1].CopyFrom(node)
+
+    def _take_constant_branches(self) -> None:
+        """Replaces each If whose condition does not depend on the images by the branch that it takes."""
+        conditions = {
+            node.output[0]: self.value(node.input[0]) for node in self._nodes if node.op_type == "If"
+        }
+        nodes, self._nodes = self._nodes, []
+        for node in nodes:
+            condition = conditions.get(node.output[0])
+            if condition is None:
+                self._nodes.append(node)
+                continue
+            branch = attributes(node)["then_branch" if condition.item() else "else_branch"]
+            self._initializers |= {tensor.name: tensor for tensor in branch.initializer}
+            self._take(branch.node)
+            for value, name in zip(branch.output, node.output, strict=True):
+                self._take([helper.make_node("Identity", [value.name], [name])])
+        self._names |= {name for node in self._nodes for name in (*node.input, *node.output)}
+        if any(node.op_type == "If" and node.output[0] not in conditions for node in self._nodes):
+            self._take_constant_branches()
 
     def _unique(self, stem: str) -> str:
         while True:
@@ -465,9 +490,6 @@ class Tensor:
     def __pow__(self, other: Tensor | float) -> Tensor:
         return self._binary("Pow", other)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return self._binary("MatMul", other)
-
     def __radd__(self, other: float) -> Tensor:
         return self._binary("Add", other, swap=True)
 
@@ -514,9 +536,9 @@ class Tensor:
         """Cast to the element type of another tensor (a Boolean becomes 0 or 1)."""
         return self.apply("Cast", to=helper.np_dtype_to_tensor_dtype(self.graph.dtype(other)))
 
-    def sum(self, axes: Sequence[int], *, keepdims: bool = True) -> Tensor:
-        """The sum over `axes`, which stay with size 1 unless told otherwise."""
-        return self.apply("ReduceSum", self.graph.constant(list(axes)), keepdims=int(keepdims))
+    def sum(self, axes: Sequence[int]) -> Tensor:
+        """The sum over `axes`, which stay with size 1."""
+        return self.apply("ReduceSum", self.graph.constant(list(axes)), keepdims=1)
 
     def mean(self, axes: Sequence[int], count: int) -> Tensor:
         """The mean over `axes`, which hold `count` elements; the axes stay with size 1."""
@@ -561,14 +583,14 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     )
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of everything but the initializers."""
+def _frame(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of everything but nodes and initializers."""
     if model.graph.sparse_initializer:
         raise ModelError("The model has sparse weights; only dense ones are supported.")
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
     copy = helper.make_model(
-        helper.make_graph(
-            model.graph.node, model.graph.name or "graph", model.graph.input, model.graph.output
-        ),
+        helper.make_graph([], model.graph.name or "graph", inputs, model.graph.output),
         ir_version=model.ir_version,
         opset_imports=[
             helper.make_opsetid("" if o.domain == "ai.onnx" else o.domain, o.version)

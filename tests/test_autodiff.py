@@ -255,9 +255,13 @@ def test_control_flow_on_the_path_is_refused_even_where_it_captures_its_input() 
         output = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
         return helper.make_graph([helper.make_node(op_type, ["x"], ["b"])], op_type, [], [output])
 
-    nodes = [node("If", "c", "y", then_branch=branch("Exp"), else_branch=branch("Neg"))]
+    nodes = [
+        node("ReduceSum", "x", "s", keepdims=0),
+        node("Greater", "s zero", "c"),
+        node("If", "c", "y", then_branch=branch("Exp"), else_branch=branch("Neg")),
+    ]
     with pytest.raises(UnsupportedOperatorError, match="If"):
-        check_differentiable(model_of(nodes, {"c": np.array(True)}), "x", "y")
+        check_differentiable(model_of(nodes, {"zero": np.array(0, np.float32)}), "x", "y")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +279,40 @@ def test_parameters_computed_from_the_images_are_refused(
     graph = Graph(model_of(nodes, weights, shape=shape))
     with pytest.raises(ModelError, match=r"first input only|must be a constant"):
         pullback(graph, "y", "y", "x")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_branches_with_constant_conditions_are_taken(channels: int) -> None:
+    # what exporters make of a squeeze of an axis whose size they do not know, with a sum in its place
+    summed = helper.make_graph(
+        [helper.make_node("ReduceSum", ["x", "axis"], ["b"], keepdims=0)],
+        "then",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array([1]), "axis")],
+    )
+    kept = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["two"], value_float=2.0),
+            helper.make_node("Mul", ["x", "two"], ["b"]),
+        ],
+        "else",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        node("Shape", "x", "s"),
+        node("Gather", "s one", "n"),
+        node("Equal", "n one", "c"),
+        node("If", "c", "h", then_branch=summed, else_branch=kept),
+        node("Exp", "h", "y"),
+    ]
+    model = model_of(nodes, {"one": np.array(1, np.int64)}, shape=("batch", channels))
+    x = f32(3, channels)
+    shape = (3,) if channels == 1 else (3, channels)
+    scale = np.float32(1 if channels == 1 else 2)
+    expected = scale * np.exp(scale * x)
+    np.testing.assert_allclose(gradient(model, x, np.ones(shape, np.float32)), expected, rtol=1e-5)
 
 
 def test_secondary_outputs_on_the_path_are_refused() -> None:
