@@ -46,12 +46,12 @@ from guard.fitting import Effort, FittedOmega
 from guard.guarded import GRAPH_VERSION, Score
 from guard.progress import Progress
 from guard.runtime import Detector, Measurement, score_of
-from guard.stages import Arrays, Stages
+from guard.stages import Arrays, Piece, Stages
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-STAGES_VERSION = 1
+STAGES_VERSION = 2
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
@@ -190,7 +190,7 @@ class _Run:
         )
         rows = min(effort.row_images, len(folds["radii"])) * self._rows()
         scores = _PASS * (2 * len(folds["threshold"]) + len(folds["radii"]) + len(folds["conformal"]))
-        agreement = 4 * min(effort.agreement_images, len(folds["report"])) * self.detector.num_classes
+        agreement = 4 * self._agreement_images() * self.detector.num_classes
         return round(2 * per_norm + rows + scores + _PASS * len(folds["report"]) + agreement)
 
     def _screening(self) -> float:
@@ -204,6 +204,11 @@ class _Run:
 
     def _nearest(self) -> float:
         return self.effort.distance_steps + 4
+
+    def _agreement_images(self) -> int:
+        """Fewer where there are many classes: every image takes a full Jacobian, in four variants."""
+        affordable = max(4, 10 * self.effort.agreement_images // self.detector.num_classes)
+        return min(self.effort.agreement_images, affordable, len(self.folds["report"]))
 
     def _rows(self) -> float:
         return 3 * self.effort.row_steps + min(self.detector.num_classes, 16)
@@ -339,7 +344,7 @@ class _Run:
 
     def _agreement(self, stages: Stages) -> list[Agreement]:
         """Served decisions beside those of the full Jacobian, on clean and on attacked report images."""
-        effort, indices = self.effort, self.folds["report"][: self.effort.agreement_images]
+        effort, indices = self.effort, self.folds["report"][: self._agreement_images()]
         full = Detector(
             self.detector.model,
             score="jacobian-full",
@@ -451,16 +456,19 @@ class _Run:
             margin, _, value, slope, shift = fitting.screen(
                 self.model, self.pixels(part), norm, self.effort, generator
             )
-            return {"margin": margin, "value": value, "slope": slope, "shift": shift}
+            # Half precision is enough for a start, and halves the largest of the kept arrays.
+            return {"margin": margin, "value": value, "slope": slope, "shift": shift.astype(np.float16)}
 
         screened = stages.run(f"omega-{norm}-screen", indices, screening, cost=self._screening())
         some = clean[: len(indices)]
         plan = fitting.layout(first_order_radius(some.margin, _slope(some, norm)), self.effort)
 
-        def ascent(effort: Effort, start: NDArray[np.float32]) -> Any:
+        def ascent(effort: Effort, start: NDArray[np.float16]) -> Piece:
             def piece(part: Int64) -> Arrays:
                 at = np.array([place[int(index)] for index in part])
-                values, slope = fitting.remainders(self.model, self.pixels(part), norm, effort, start[at])
+                values, slope = fitting.remainders(
+                    self.model, self.pixels(part), norm, effort, start[at].astype(np.float32)
+                )
                 return {"values": values, "slope": slope}
 
             return piece
