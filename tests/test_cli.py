@@ -86,14 +86,23 @@ def test_wrong_usage_is_one_line_and_status_2(words: list[str], message: str, ca
     assert one_line_error(capsys).startswith(message)
 
 
-def test_failures_are_one_line_and_status_1(capsys: Captured, tmp_path: Path) -> None:
+def test_failures_are_one_line_and_status_1(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["info", "nowhere"]) == 1
     assert one_line_error(capsys).startswith("nowhere: no such bundle folder.")
     (tmp_path / "file").write_text("")
     assert main(["graph", "nowhere", "--out", "x.onnx"]) == 1
     assert one_line_error(capsys).startswith("nowhere: no such bundle folder.")
+    monkeypatch.setenv("GUARD_MODEL", "elsewhere")
     assert main(["info"]) == 1
-    assert "models/cifar10" in one_line_error(capsys)
+    assert one_line_error(capsys).startswith("elsewhere: no such bundle folder.")
+
+
+def test_the_shipped_bundle_is_the_default(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GUARD_MODEL", raising=False)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "cifar10"
 
 
 def test_debug_shows_the_traceback(capsys: Captured) -> None:
