@@ -88,6 +88,7 @@ class Graph:
         self._take(model.graph.node)
         self._names = {name for node in self._nodes for name in (*node.input, *node.output)}
         self._names |= {*self._initializers, *self.inputs}
+        self._producers: dict[str, NodeProto] = {}
         self._counter = 0
         self._constants: dict[Hashable, str] = {}
         self._memo: dict[Hashable, Any] = {}
@@ -154,6 +155,12 @@ class Graph:
         if domain and all(o.domain != domain for o in self._model.opset_import):
             self._model.opset_import.append(helper.make_opsetid(domain, 1))
         return names[0] if outputs == 1 else names
+
+    def producer(self, name: str) -> NodeProto | None:
+        """The node that computes a tensor, or None for inputs and constants."""
+        if len(self._producers) < len(self._nodes):
+            self._producers = {output: node for node in self._nodes for output in node.output}
+        return self._producers.get(name)
 
     def extra_output(self, node: NodeProto, position: int) -> str:
         """The name of an optional output of an existing node, which is switched on if need be."""

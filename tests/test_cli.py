@@ -102,7 +102,7 @@ def test_failures_are_one_line_and_status_1(
 def test_the_shipped_bundle_is_the_default(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GUARD_MODEL", raising=False)
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "cifar10"
+    assert json.loads(capsys.readouterr().out)["manifest"]["name"] == "cifar10"
 
 
 def test_debug_shows_the_traceback(capsys: Captured) -> None:

@@ -117,7 +117,7 @@ def scatter_windows(
         end = [n - o + b for n, o, b in zip(geometry.input, geometry.output, geometry.begin, strict=True)]
         flipped = graph.once(("flipped", key, group), lambda: graph.constant(_swapped(weight, group)))
         return _padded_conv(graph, cotangent, flipped, begin, end, dilations=geometry.dilations, group=group)
-    if graph.provider == "cpu" and _worth_phases(geometry):
+    if graph.provider == "cpu" and _worth_phases(geometry, depthwise=1 < group == group * weight.shape[1]):
         return _phases(graph, cotangent, weight, geometry, group, key)
     behind = [
         s * (o - 1) + r + 1 - b - n
@@ -137,10 +137,12 @@ def scatter_windows(
     )
 
 
-def _worth_phases(geometry: Window) -> bool:
+def _worth_phases(geometry: Window, *, depthwise: bool) -> bool:
     """Where onnxruntime's ConvTranspose, a matrix product and a serial scatter, is the slower lowering: not
-    for 1x1 kernels, of which all phases but one are empty.
+    for 1x1 kernels, of which all phases but one are empty, and not where each channel is on its own.
     """
+    if depthwise:
+        return False
     square = len(geometry.kernel) == 2 and len(set(geometry.strides)) == 1 and set(geometry.dilations) == {1}
     return square and all(k >= s for k, s in zip(geometry.kernel, geometry.strides, strict=True))
 

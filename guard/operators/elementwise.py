@@ -7,12 +7,14 @@ its bounds is 0; operands that tie in Max or Min share the cotangent evenly.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from math import pi, sqrt
 from typing import Any
 
+import numpy as np
 from onnx import NodeProto, helper
 
 from guard.errors import ModelError
@@ -167,18 +169,27 @@ def gelu(at: Activation) -> Tensor:
 @data_rule("Clip")
 def clip(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """The cotangent strictly between the bounds."""
-    output = node.output[0]
+    y = graph.tensor(node.output[0])
+    low, high = (_bound(graph, node, position) for position in (1, 2))
 
     def inside() -> str:
-        y = graph.tensor(output)
-        low, high = ([*node.input[1:], "", ""])[:2]
-        conditions = [y > graph.tensor(low)] if low else []
-        conditions += [y < graph.tensor(high)] if high else []
-        return reduce(lambda a, b: a & b, conditions).like(output).name
+        # the product of the distances to the bounds is 0 at them and positive between
+        distances = [y if value == 0 else y - graph.tensor(name) for name, value in low]
+        distances += [graph.tensor(name) - y for name, _ in high]
+        return relu_mask(graph, reduce(operator.mul, distances).name)
 
-    if not any(node.input[1:]):
+    if not low and not high:
         return cotangent
-    return graph.op("Mul", cotangent, graph.once(("slope", output), inside))
+    return graph.op("Mul", cotangent, graph.once(("slope", y.name), inside))
+
+
+def _bound(graph: Graph, node: NodeProto, position: int) -> list[tuple[str, float | None]]:
+    """A bound of Clip: its name, and its value where that is constant; nothing if absent or infinite."""
+    name = ([*node.input, "", ""])[position]
+    value = graph.optional_constant(node, position) if name and graph.is_constant(name) else None
+    if not name or (value is not None and np.isinf(value).all()):
+        return []
+    return [(name, None if value is None else float(value.reshape(())))]
 
 
 @data_rule("PRelu")
@@ -240,6 +251,14 @@ def mul(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
     """The cotangent times the other factor."""
     cotangent = only_first(node, cotangents)
     a, b = node.input
+    for x, gate in ((a, b), (b, a)):
+        source = graph.producer(gate)
+        if source is not None and source.op_type == "Sigmoid" and source.input[0] == x:
+            # x sigmoid(x), as SiLU is exported: one derivative, which all rows share
+            s, y = graph.tensor(gate), graph.tensor(node.output[0])
+            slope = graph.once(("slope", y.name), lambda s=s, y=y: (s + y * (1.0 - s)).name)
+            gradient = graph.op("Mul", cotangent, slope)
+            return [gradient, None] if x == a else [None, gradient]
     return [
         _summed(graph, node, x, graph.op("Mul", cotangent, other)) if graph.needs(x) else None
         for x, other in ((a, b), (b, a))
