@@ -74,11 +74,11 @@ def network(name: str) -> nn.Module:
             module.p = 0.0
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
-    with torch.no_grad():
-        net.train()(torch.rand(4, 3, SIZE, SIZE))
     for attribute, value in {"aux1": None, "aux2": None, "AuxLogits": None, "aux_logits": False}.items():
         if hasattr(net, attribute):
             setattr(net, attribute, value)
+    with torch.no_grad():
+        net.train()(torch.rand(4, 3, SIZE, SIZE))
     return net.eval().requires_grad_(requires_grad=False)
 
 

@@ -158,7 +158,7 @@ class Graph:
 
     def producer(self, name: str) -> NodeProto | None:
         """The node that computes a tensor, or None for inputs and constants."""
-        if len(self._producers) < len(self._nodes):
+        if name not in self._producers:
             self._producers = {output: node for node in self._nodes for output in node.output}
         return self._producers.get(name)
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from tests.gradients import Array, Case, check, gradient_model, model_of, session
 
@@ -153,3 +154,26 @@ def test_nan_and_infinity_are_not_hidden() -> None:
 def test_any_broadcast(op_type: str, dims: list[int], ones: list[bool], seed: int) -> None:
     narrow = tuple(1 if one else d for d, one in zip(dims, ones, strict=False))
     check(Case(op_type, [tuple(dims), narrow], low=0.5), seed=seed)
+
+
+def test_silu_as_it_is_exported() -> None:
+    nodes = [helper.make_node("Sigmoid", ["x0"], ["s"]), helper.make_node("Mul", ["x0", "s"], ["y0"])]
+    swapped = [nodes[0], helper.make_node("Mul", ["s", "x0"], ["y0"])]
+    x = np.linspace(-30, 30, 41, dtype=np.float32)[None]
+    sigmoid = 1 / (1 + np.exp(-x.astype(np.float64)))
+    for form in (nodes, swapped):
+        model = model_of(Case("Relu", [(41,)]))
+        del model.graph.node[:]
+        model.graph.node.extend(form)
+        built = gradient_model(model)
+        assert [node.op_type for node in built.graph.node].count(
+            "Mul"
+        ) == 3  # forward, slope, and the row itself
+        _, gradient = session(built).run(None, {"x0": x, "cotangent": np.ones_like(x)})
+        np.testing.assert_allclose(gradient, sigmoid + x * sigmoid * (1 - sigmoid), rtol=1e-5, atol=1e-6)
+
+
+def test_a_clip_to_infinity_is_a_clip_on_one_side() -> None:
+    case = Case("Clip", [(3,)], {1: f32(0).reshape(()), 2: f32(np.inf).reshape(())})
+    (gradient,) = gradient_at(case, f32(-1, 0, 1e-37)[None])
+    np.testing.assert_array_equal(gradient[0], f32(0, 0, 1))

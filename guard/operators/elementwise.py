@@ -252,17 +252,24 @@ def mul(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
     cotangent = only_first(node, cotangents)
     a, b = node.input
     for x, gate in ((a, b), (b, a)):
-        source = graph.producer(gate)
-        if source is not None and source.op_type == "Sigmoid" and source.input[0] == x:
-            # x sigmoid(x), as SiLU is exported: one derivative, which all rows share
-            s, y = graph.tensor(gate), graph.tensor(node.output[0])
-            slope = graph.once(("slope", y.name), lambda s=s, y=y: (s + y * (1.0 - s)).name)
-            gradient = graph.op("Mul", cotangent, slope)
+        if _is_sigmoid_of(graph, gate, x):
+            gradient = graph.op("Mul", cotangent, _silu_slope(graph, gate, node.output[0]))
             return [gradient, None] if x == a else [None, gradient]
     return [
         _summed(graph, node, x, graph.op("Mul", cotangent, other)) if graph.needs(x) else None
         for x, other in ((a, b), (b, a))
     ]
+
+
+def _is_sigmoid_of(graph: Graph, gate: str, x: str) -> bool:
+    node = graph.producer(gate)
+    return node is not None and node.op_type == "Sigmoid" and node.input[0] == x
+
+
+def _silu_slope(graph: Graph, gate: str, output: str) -> str:
+    """The derivative of y = x s, s = sigmoid(x), as SiLU is exported: s + y (1 - s), shared by all rows."""
+    s, y = graph.tensor(gate), graph.tensor(output)
+    return graph.once(("slope", output), lambda: (s + y * (1.0 - s)).name)
 
 
 @rule("Div")
