@@ -8,9 +8,10 @@ Everything is measured on images of the report fold, which no choice has looked 
 scores are set on the threshold fold at the same false positive rate (`combined` with the radii fold as
 reference). Attacked images are those that the model classifies rightly; attacks stay in [0, 1] and lead away
 from the true class. Detection counts successful attacks only. Beside it, because detection of an attack that
-ignores the detector says little: robust accuracy with rejection, the share of images accepted and right when
-clean for which no attack found within the ball an image that is wrong and accepted, attacks on the detector
-included. Writes OUT.json and OUT.md.
+ignores the detector says little: robust accuracy with rejection, the share of all images, right or wrong,
+that are accepted and right when clean and for which no attack found within the ball an image that is wrong
+and accepted, attacks on the detector included. Writes OUT.json, after every bundle, and OUT.md; bundles that
+OUT.json holds already, measured with the same settings, are not measured again.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from guard import attacks, statistics
 from guard import bundle as bundles
 from guard.data import Dataset, folds, load, to_floats
+from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector, Measurement, score_of
 
@@ -63,8 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("twin", type=Path, help="the same network, trained without a regularizer")
+    parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--val", default="cifar10")
     parser.add_argument("--fpr", type=float, default=0.05)
     parser.add_argument("--images", type=int, default=1000, help="for attacks that ignore the detector")
@@ -75,24 +76,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dataset = load(given.val, "test")
+    settings = {
+        name: getattr(given, name) for name in ("fpr", "images", "adaptive_images", "steps", "seed")
+    } | {"data": {"name": dataset.name, "digest": dataset.digest}}
+    path = given.out.with_suffix(".json")
+    known: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["settings"] == settings:
+            known = {entry["model"]: entry for entry in before["bundles"]}
     result: dict[str, Any] = {
         "command": "python benchmarks/shipped_bundle.py " + " ".join(sys.argv[1:]),
         "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
         "machine": platform.processor() or platform.machine(),
-        "data": {"name": dataset.name, "digest": dataset.digest},
-        "fpr": given.fpr,
-        "bundle": measure(given.bundle, dataset, given),
-        "twin": measure(given.twin, dataset, given),
+        "settings": settings,
+        "bundles": [],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    for folder in given.bundles:
+        bundle = bundles.load(folder)
+        entry = known.get(bundle.digest) or measure(bundle, dataset, given)
+        entry["radii"] = None if bundle.calibration is None else radii(bundle.calibration)
+        known[bundle.digest] = entry
+        result["bundles"].append(entry)
+        # What was measured before stays in the file until the end.
+        write_json(path, result | {"bundles": list(known.values())})
+    write_json(path, result)
     text = markdown(result)
-    given.out.with_suffix(".md").write_text(text)
+    write_text(given.out.with_suffix(".md"), text)
     print(text)
 
 
-def measure(folder: Path, dataset: Dataset, given: argparse.Namespace) -> dict[str, Any]:
-    bundle = bundles.load(folder)
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def measure(bundle: bundles.Bundle, dataset: Dataset, given: argparse.Namespace) -> dict[str, Any]:
     detector = Detector(bundle.model, threads=given.threads)
     order = np.random.default_rng([given.seed, 1])
     parts = {name: order.permutation(part) for name, part in folds(len(dataset), given.seed).items()}
@@ -111,7 +130,6 @@ def measure(folder: Path, dataset: Dataset, given: argparse.Namespace) -> dict[s
         "accuracy": share(right),
         "jacobian_norm": summary(report.jacobian.astype(np.float64)),
         "clean_rejected": {score: share(judge.ratios(report, score) > 1) for score in SCORES},
-        "radii": None if bundle.calibration is None else radii(bundle.calibration),
     }
 
     chosen = np.flatnonzero(right)[: given.images]
@@ -167,7 +185,9 @@ def measure(folder: Path, dataset: Dataset, given: argparse.Namespace) -> dict[s
             for score in SCORES:
                 fallen[score, eps] |= accepted(judge, found, score)
 
-    few = slice(given.adaptive_images)
+    # The rightly classified ones of the first images of the fold; the others are lost without an attack.
+    count = min(given.adaptive_images, len(right))
+    few = slice(int(right[:count].sum()))
     entry["adaptive"] = {}
     for score in SCORES:
         for eps in BUDGETS:
@@ -186,18 +206,21 @@ def measure(folder: Path, dataset: Dataset, given: argparse.Namespace) -> dict[s
                         seed=at,
                     ).success
                     progress.advance(some.stop - some.start)
-            # Of all images, so the accuracy and the clean rejections of the fold weigh in.
-            clean_accepted = ratios[score][few] <= 1
-            stands = clean_accepted & ~success & ~fallen[score, eps][few]
-            whole = float(right.mean())
+            taken = ratios[score][few] <= 1
             entry["adaptive"][f"{score}, l2 {eps}"] = {
                 "evaded": share(success),
                 "fallen_to_any_attack": share(success | fallen[score, eps][few]),
-                "robust_accuracy_with_rejection": whole * float(stands.mean()),
-                "clean_accuracy_with_rejection": whole * float(clean_accepted.mean()),
-                "n": len(success),
+                "robust_accuracy_with_rejection": share(
+                    padded(taken & ~success & ~fallen[score, eps][few], count)
+                ),
+                "clean_accuracy_with_rejection": share(padded(taken, count)),
             }
     return entry
+
+
+def padded(flags: Flags, count: int) -> Flags:
+    """Flags of the images classified rightly, with False for the others: (count,)."""
+    return np.concatenate([flags, np.zeros(count - len(flags), dtype=np.bool_)])
 
 
 def measured(detector: Detector, dataset: Dataset, part: NDArray[np.int64], title: str) -> Measurement:
@@ -277,14 +300,14 @@ def summary(values: Values) -> dict[str, float]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as tables, the bundle beside its twin."""
-    pair = [result["bundle"], result["twin"]]
+    pair = result["bundles"]
     lines = [
         "# A bundle beside its undefended twin",
         "",
         f"`{result['command']}`, onnxruntime {result['versions']['onnxruntime']}. 95% intervals in brackets.",
         "",
-        f"| | {pair[0]['name']} | {pair[1]['name']} (undefended) |",
-        "|---|---|---|",
+        f"| | {' | '.join(entry['name'] for entry in pair)} |",
+        f"|---|{len(pair) * '---|'}",
     ]
 
     def row(title: str, cells: list[str]) -> None:
@@ -315,9 +338,10 @@ def markdown(result: dict[str, Any]) -> str:
             [percent(one["evaded"]) for one in both],
         )
         row(
-            "robust accuracy with rejection, all attacks (clean accuracy with rejection)",
+            "robust accuracy with rejection, all attacks; without attack",
             [
-                f"{one['robust_accuracy_with_rejection']:.1%} ({one['clean_accuracy_with_rejection']:.1%})"
+                f"{percent(one['robust_accuracy_with_rejection'])}; "
+                f"{one['clean_accuracy_with_rejection']['value']:.1%}"
                 for one in both
             ],
         )
