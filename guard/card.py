@@ -7,6 +7,12 @@ from typing import Any
 from guard.bundle import Calibration, RadiusCalibration, Share
 
 HEADING = "## Calibration"
+UNCALIBRATED = f"""\
+{HEADING}
+
+Not done yet: `guard calibrate` sets the threshold, fits the radii and measures both. Until then the bundle
+cannot be served.
+"""
 
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -60,7 +66,7 @@ def calibration_section(calibration: Calibration) -> str:
         ("mean smallest attack distance", [f"{radii.mean_distance:.4f}" for _, radii in pairs]),
         ("tightness: the first over the second", [f"{radii.tightness:.2f}" for _, radii in pairs]),
         ("attacks succeed inside the radius", [_violations(radii) for _, radii in pairs]),
-        ("mean conformal radius's scale, alpha", [_conformal(radii) for _, radii in pairs]),
+        ("conformal radius; alpha", [_conformal(radii) for _, radii in pairs]),
     ]
     lines += ["", "| radii, accepted images, pixels in [0, 1] | l2 | linf |", "|---|---|---|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
@@ -80,7 +86,7 @@ def _violations(radii: RadiusCalibration) -> str:
 
 def _conformal(radii: RadiusCalibration) -> str:
     scale = radii.conformal
-    return "none" if scale is None else f"{scale.kappa:.3f} of the first-order radius, {scale.alpha:g}"
+    return "none" if scale is None else f"{scale.kappa:.3f} of the first-order radius; {scale.alpha:g}"
 
 
 def _command(arguments: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from guard.autodiff import check_differentiable
 from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
+from guard.card import UNCALIBRATED
 from guard.errors import ModelError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
@@ -193,9 +194,9 @@ and exported by `guard export`.
 |---|---|
 {table}
 
-The accuracy is on clean images, all of them, accepted or not. Thresholds, radii and robustness are in
-`calibration.json` once `guard calibrate` has run.
-"""
+The accuracy is on clean images, all of them, accepted or not.
+
+{UNCALIBRATED}"""
 
 
 def train_command(config: Mapping[str, Any]) -> str:

@@ -5,9 +5,11 @@ pass; every other row i is at most p_i G long, so only rows with p_i G above the
 the images they could still reject.
 """
 
+import io
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -238,6 +240,10 @@ class Detector:
         if ORT_PROVIDERS["cuda"] in ort.get_available_providers():
             # The wheel lists CUDA wherever it is installed, and reports at length that it cannot load it.
             ort.set_default_logger_severity(4)
+            # CUDA and cuDNN from a package registry lie where the system's loader does not look. What cannot be
+            # loaded is printed; whether the provider works is seen below.
+            with redirect_stdout(io.StringIO()):
+                ort.preload_dlls()
             session = session_of(self.model, provider="cuda", threads=self.threads)
             ort.set_default_logger_severity(2)
             if session.get_providers()[0] == ORT_PROVIDERS["cuda"]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of
 from guard.autodiff import check_differentiable
 from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
+from guard.card import UNCALIBRATED
 from guard.errors import DataError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
@@ -364,5 +365,4 @@ Wrapped by `guard wrap` from `{source.name}` (sha256 `{manifest.provenance["sour
 | the original gives | {given} |
 | largest deviation from the original on random images | {wrapped.difference:.1e} of its outputs' spread |
 
-Accuracy and robustness were not measured. The bundle can be served after `guard calibrate`.
-"""
+{UNCALIBRATED}"""

@@ -1,7 +1,7 @@
 from typing import Any
 
 from guard.bundle import Calibration
-from guard.card import HEADING, with_calibration
+from guard.card import HEADING, UNCALIBRATED, calibration_section, with_calibration
 
 SHARE = {"count": 9, "n": 100, "value": 0.09, "lower": 0.04, "upper": 0.16}
 RADII: dict[str, Any] = {
@@ -50,11 +50,16 @@ def test_the_section_says_what_was_measured_and_how() -> None:
         "| accuracy | 91.00%",
         "| same decision as the full Jacobian's, clean | 50 of 50 |",
         "| mean omega-bound radius (estimate) | 0.2500 | 0.2500 |",
-        "0.700 of the first-order radius, 0.01",
+        "0.700 of the first-order radius; 0.01",
     ):
         assert words in card
     assert "with probability 95%" in with_calibration("", record(guarantee="pac", delta=0.05))
     assert "accuracy" not in with_calibration("", record())
+
+
+def test_a_first_calibration_replaces_the_notice_that_there_is_none() -> None:
+    card = with_calibration(f"# Name\n\n{UNCALIBRATED}", record())
+    assert card == f"# Name\n\n{calibration_section(record())}"
 
 
 def test_the_section_is_replaced_wherever_it_stands() -> None:
