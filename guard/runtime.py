@@ -240,8 +240,8 @@ class Detector:
         if ORT_PROVIDERS["cuda"] in ort.get_available_providers():
             # The wheel lists CUDA wherever it is installed, and reports at length that it cannot load it.
             ort.set_default_logger_severity(4)
-            # CUDA and cuDNN from a package registry lie where the system's loader does not look. What cannot be
-            # loaded is printed; whether the provider works is seen below.
+            # CUDA and cuDNN from a package registry lie where the system's loader does not look. What cannot
+            # be loaded is printed; whether the provider works is seen below.
             with redirect_stdout(io.StringIO()):
                 ort.preload_dlls()
             session = session_of(self.model, provider="cuda", threads=self.threads)

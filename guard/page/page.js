@@ -252,7 +252,7 @@ function sentence({ kind, violation_rate, violation_upper, alpha }) {
 function amount(entry, norm) {
   if (entry.unbounded) return ["unbounded", ""];
   const text = digits(entry.radius);
-  return [text, norm === "l∞" && entry.radius > 0 ? ` = ${digits(255 * entry.radius)} / 255` : ""];
+  return [text, norm === "l∞" && entry.radius > 0 ? ` = ${digits(255 * entry.radius)}\u00a0/\u00a0255` : ""];
 }
 
 function radius(norm, what, entry, accepted) {
