@@ -184,7 +184,7 @@ class _Run:
         conformal = min(effort.distance_images, len(folds["conformal"]))
         per_norm = (
             omega * (self._screening() + effort.kept * self._ascent())
-            + 0.08 * omega * 2 * (self._screening() + self._ascent())
+            + 0.13 * omega * 2 * (self._screening() + self._ascent())
             + violations * self._pgd()
             + (distances + conformal) * self._nearest()
         )
