@@ -110,7 +110,7 @@ def calibrate(
     """
     found = bundle.load(folder)
     _check(dataset, found, settings)
-    detector = Detector(found.model, score=settings.score, provider=provider, threads=threads)
+    detector = Detector(found.model, score=settings.score, provider=provider, threads=threads, spread=True)
     run = _Run(found, dataset, settings, effort, detector)
     key = {
         "version": STAGES_VERSION,
@@ -350,6 +350,7 @@ class _Run:
             score="jacobian-full",
             provider=self.detector.provider,
             threads=self.detector.threads,
+            spread=self.detector.spread,
         )
 
         def piece(part: Int64) -> Arrays:

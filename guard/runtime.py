@@ -7,10 +7,13 @@ the images they could still reject.
 
 import io
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -31,9 +34,14 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Element = TypeVar("Element", bound=np.generic)
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 CHUNK: dict[Provider, int] = {"cpu": 8, "cuda": 64}
 """Images in one onnxruntime call: bounds memory, and on CPU keeps activations in cache."""
+
+ABREAST = 4
+"""Most chunks computed at once where cores are spread over chunks: each takes a chunk's memory."""
 
 ORT_PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -104,8 +112,10 @@ class Detector:
     """A classifier, its guarded graph and its gradients, in onnxruntime. Safe to call from several threads.
 
     `provider` "auto" takes CUDA where it truly loads, else CPU, and says so in the log; "cuda" raises
-    `ModelError` where it does not load. `threads` is onnxruntime's intra-op count (0: one per core), `chunk`
-    the largest batch of one onnxruntime call: larger batches are split, so memory stays bounded.
+    `ModelError` where it does not load. `threads` are used on CPU (0: one per core), `chunk` is the largest
+    batch of one onnxruntime call: larger batches are split, so memory stays bounded. All threads work on one
+    chunk, which answers one image soonest; with `spread`, up to `ABREAST` chunks are computed at once, each
+    with its share of the threads, which finishes a long list of images sooner.
     """
 
     def __init__(
@@ -116,6 +126,7 @@ class Detector:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int = 0,
         chunk: int | None = None,
+        spread: bool = False,
     ) -> None:
         self.model = model if isinstance(model, onnx.ModelProto) else load_model(model)
         self.score: Score = score
@@ -127,6 +138,11 @@ class Detector:
         self.chunk = CHUNK[self.provider] if chunk is None else chunk
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; expected at least 1")
+        self.spread = spread and self.provider == "cpu"
+        cores = threads or os.cpu_count() or 1
+        abreast = min(ABREAST, cores) if self.spread else 1
+        self._session_threads = cores // abreast if abreast > 1 else threads
+        self._pool = ThreadPoolExecutor(abreast, "guard-chunk") if abreast > 1 else None
         self._lock = threading.Lock()
         self._sessions: dict[str, ort.InferenceSession] = {}
         session = self._guarded()
@@ -143,24 +159,24 @@ class Detector:
         beyond the first two are computed where p_i G > t could still reject an image; without, two rows
         stand (all of them with `jacobian-full`).
         """
-        parts = [self._measure(chunk, threshold, row_bound) for chunk in self._chunks(images)]
-        return Measurement.concatenate(parts)
+        chunks = self._chunks(images)
+        return Measurement.concatenate(self._each(lambda c: self._measure(c, threshold, row_bound), chunks))
 
     def logits(self, images: Float32) -> Float32:
         """Logits (B, K) of the bare classifier."""
         session = self._session("forward", lambda: self.model)
-        outputs = [session.run([guarded.LOGITS], {guarded.IMAGES: c})[0] for c in self._chunks(images)]
-        return np.concatenate(outputs)
+        run = partial(session.run, [guarded.LOGITS])
+        return np.concatenate(self._each(lambda c: run({guarded.IMAGES: c})[0], self._chunks(images)))
 
     def vjp(self, images: Float32, cotangents: Float32) -> Float32:
         """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image."""
         session = self._session("vjp", lambda: guarded.vjp_model(self.model, provider=self.provider))
         rows = np.ascontiguousarray(cotangents, np.float32)
+        run = partial(session.run, ["gradient"])
         pieces = zip(self._chunks(images), _split(rows, self.chunk), strict=True)
-        outputs = [
-            session.run(["gradient"], {guarded.IMAGES: c, guarded.COTANGENTS: r})[0] for c, r in pieces
-        ]
-        return np.concatenate(outputs)
+        return np.concatenate(
+            self._each(lambda p: run({guarded.IMAGES: p[0], guarded.COTANGENTS: p[1]})[0], pieces)
+        )
 
     def loss_gradient(
         self, images: Float32, labels: Int64, loss: Loss = "margin"
@@ -171,9 +187,9 @@ class Detector:
         `probability-margin`: the margin on probabilities.
         """
         session = self._session(loss, lambda: guarded.loss_model(self.model, loss, provider=self.provider))
-        names = [guarded.LOGITS, "loss", "gradient"]
+        run = partial(session.run, [guarded.LOGITS, "loss", "gradient"])
         pieces = zip(self._chunks(images), _split(np.asarray(labels, np.int64), self.chunk), strict=True)
-        outputs = [session.run(names, {guarded.IMAGES: c, guarded.LABELS: y}) for c, y in pieces]
+        outputs = self._each(lambda p: run({guarded.IMAGES: p[0], guarded.LABELS: p[1]}), pieces)
         logits, losses, gradients = (np.concatenate(column) for column in zip(*outputs, strict=True))
         return logits, losses, gradients
 
@@ -217,6 +233,14 @@ class Detector:
         values = {f.name: getattr(measured, f.name) for f in fields(Measurement)}
         return Measurement(**values | {"jacobian": jacobian, "rows": measured.rows + wanted.sum(axis=1)})
 
+    def _each(self, compute: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+        """The results of all pieces, in order; several at once where cores are spread over chunks."""
+        listed = list(pieces)
+        # One piece runs here: `compute` may itself come to this point from a thread of the pool.
+        if self._pool is None or len(listed) == 1:
+            return [compute(piece) for piece in listed]
+        return list(self._pool.map(compute, listed))
+
     def _guarded(self) -> ort.InferenceSession:
         return self._session(
             "guarded", lambda: guarded.guarded_model(self.model, self.score, provider=self.provider)
@@ -225,7 +249,9 @@ class Detector:
     def _session(self, key: str, make: Callable[[], onnx.ModelProto]) -> ort.InferenceSession:
         with self._lock:
             if key not in self._sessions:
-                self._sessions[key] = session_of(make(), provider=self.provider, threads=self.threads)
+                self._sessions[key] = session_of(
+                    make(), provider=self.provider, threads=self._session_threads
+                )
             return self._sessions[key]
 
     def _chunks(self, images: Float32) -> Iterator[Float32]:

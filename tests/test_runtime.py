@@ -114,6 +114,22 @@ def test_wrong_shapes_are_named(detector: Detector) -> None:
         detector.measure(np.zeros((0, 3, 8, 8), np.float32))
 
 
+def test_chunks_side_by_side_give_the_same_numbers(network: onnx.ModelProto, detector: Detector) -> None:
+    spread = Detector(network, provider="cpu", threads=4, chunk=2, spread=True)
+    x = images(7)
+    labels = detector.logits(x).argmax(axis=1)
+    np.testing.assert_allclose(spread.logits(x), detector.logits(x), rtol=1e-5)
+    np.testing.assert_allclose(
+        spread.loss_gradient(x, labels)[2], detector.loss_gradient(x, labels)[2], rtol=1e-4, atol=1e-6
+    )
+    # A threshold at which every image asks for further rows, from inside the threads.
+    limits = {"threshold": 1e3, "row_bound": 1e9}
+    found, expected = spread.measure(x, **limits), detector.measure(x, **limits)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    assert found.rows.min() > 2
+    np.testing.assert_allclose(found.jacobian, expected.jacobian, rtol=1e-5)
+
+
 def test_threads_share_a_detector(detector: Detector) -> None:
     expected = detector.measure(images(16)).jacobian
     found: list[Measurement] = []
