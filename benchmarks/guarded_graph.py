@@ -3,8 +3,10 @@
     python benchmarks/guarded_graph.py --network cifar-resnet18 --out benchmarks/results/guarded_graph.json
     python benchmarks/guarded_graph.py --network resnet50 --batches 1 --repeats 5
 
-Every contender runs once per repeat, in turn, on fresh random images, with the same number of threads and
-without spinning worker threads; a ratio is the median over repeats of contender / bare of the same repeat.
+Every contender runs once per repeat, in an order drawn anew, on fresh random images, with the same number of
+threads and without spinning worker threads; a ratio is the median over repeats of contender / bare of the
+same repeat. "spread" computes one chunk per thread side by side, as offline commands do, the others each
+chunk with all threads.
 Weights are random: no timed path depends on them (rows beyond the second are not part of the timed call).
 """
 
@@ -25,8 +27,8 @@ import onnxruntime
 import torch
 import torchvision
 
-from guard.guarded import guarded_model, vjp_model
-from guard.runtime import CHUNK, session_of
+from guard.guarded import Score, guarded_model, vjp_model
+from guard.runtime import CHUNK, Detector, session_of
 
 FLOP_LIMITS = {"two rows (jacobian)": "3", "one row (margin-gradient)": "2", "all rows, one graph": "1 + K"}
 
@@ -73,6 +75,7 @@ def contenders(
 
     bare = session_of(model, threads=threads)
     vjp = session_of(vjp_model(model), threads=threads)
+    scores: tuple[Score, ...] = ("margin-gradient", "jacobian")
     found: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
         "bare": lambda x: bare.run(None, {"images": x}),
         f"bare, chunks of {chunk}": chunked(bare),
@@ -81,6 +84,9 @@ def contenders(
         ),
         "two rows (jacobian)": chunked(session_of(guarded_model(model, "jacobian"), threads=threads)),
     }
+    for score in scores:
+        detector = Detector(model, score=score, provider="cpu", threads=threads, spread=True)
+        found[f"{'one row' if score == 'margin-gradient' else 'two rows'}, spread"] = detector.measure
     if not rows:
         return found
 
@@ -109,7 +115,8 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
         seconds: dict[str, list[float]] = {key: [] for key in timed}
         for repeat in range(repeats + 2):
             images = rng.random((batch, *shape), dtype=np.float32)
-            for key, run in timed.items():
+            for key in rng.permutation(list(timed)):
+                run = timed[key]
                 start = time.perf_counter()
                 run(images)
                 if repeat >= 2:

@@ -11,7 +11,8 @@ from the true class. Detection counts successful attacks only. Beside it, becaus
 ignores the detector says little: robust accuracy with rejection, the share of all images, right or wrong,
 that are accepted and right when clean and for which no attack found within the ball an image that is wrong
 and accepted, attacks on the detector included. Writes OUT.json, after every bundle, and OUT.md; bundles that
-OUT.json holds already, measured with the same settings, are not measured again.
+OUT.json holds already, measured with the same settings, are not measured again. With `--card` the tables also
+go into the first bundle's card.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from numpy.typing import NDArray
 
 from guard import attacks, statistics
 from guard import bundle as bundles
+from guard.card import with_section
 from guard.data import Dataset, folds, load, to_floats
-from guard.files import write_text
+from guard.files import atomic_folder, write_text
 from guard.progress import Progress
 from guard.runtime import Detector, Measurement, score_of
 
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--card", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     dataset = load(given.val, "test")
@@ -104,6 +107,12 @@ def main() -> None:
     write_json(path, result)
     text = markdown(result)
     write_text(given.out.with_suffix(".md"), text)
+    if given.card:
+        first = bundles.load(given.bundles[0])
+        with atomic_folder(first.path, keep=True) as folder:
+            card = folder / bundles.CARD
+            write_text(card, with_section(card.read_text(), "## Attacks" + text[text.index("\n") :]))
+            bundles.seal(folder, first.manifest)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""The calibration's part of a bundle's `card.md`: what was promised and measured, and by which command."""
+"""Sections of a bundle's `card.md`, above all calibration's: what was promised and measured, and how."""
 
 import re
 import shlex
@@ -14,14 +14,18 @@ Not done yet: `guard calibrate` sets the threshold, fits the radii and measures 
 cannot be served.
 """
 
-_SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-
 
 def with_calibration(text: str, calibration: Calibration) -> str:
     """The card with its section on calibration replaced, or added at the end."""
-    section = calibration_section(calibration)
-    if _SECTION.search(text):
-        return _SECTION.sub(lambda found: section + "\n" * (found.end() < len(text)), text)
+    return with_section(text, calibration_section(calibration))
+
+
+def with_section(text: str, section: str) -> str:
+    """The card with a section, its `## ` heading first, in place of one of that heading, or at the end."""
+    heading = re.escape(section.split("\n", 1)[0])
+    known = re.compile(rf"^{heading}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if known.search(text):
+        return known.sub(lambda found: section + "\n" * (found.end() < len(text)), text)
     return f"{text.rstrip()}\n\n{section}" if text.strip() else section
 
 

@@ -1,7 +1,7 @@
 from typing import Any
 
 from guard.bundle import Calibration
-from guard.card import HEADING, UNCALIBRATED, calibration_section, with_calibration
+from guard.card import HEADING, UNCALIBRATED, calibration_section, with_calibration, with_section
 
 SHARE = {"count": 9, "n": 100, "value": 0.09, "lower": 0.04, "upper": 0.16}
 RADII: dict[str, Any] = {
@@ -70,3 +70,11 @@ def test_the_section_is_replaced_wherever_it_stands() -> None:
     assert "Stale" not in between
     assert between.count(HEADING) == 1
     assert between.endswith("\n\n## Licence\n")
+
+
+def test_other_sections_are_kept_and_replaced_alike() -> None:
+    card = with_calibration("# Name\n", record())
+    attacked = with_section(card, "## Attacks\n\nten\n")
+    assert attacked == f"{card.rstrip()}\n\n## Attacks\n\nten\n"
+    assert with_section(attacked, "## Attacks\n\ntwo\n") == attacked.replace("ten", "two")
+    assert with_calibration(attacked, record()) == attacked

@@ -63,7 +63,7 @@ def test_a_clean_sample_is_accepted_in_one_click(page: Page) -> None:
     assert "not certified" in radii
     assert "1%" in radii
     assert "4.7%" in radii
-    assert "/ 255" in radii
+    assert "\u00a0/\u00a0255" in radii
     assert page.text("#caption") == "Red all over."
     assert not page.visible("#empty")
     assert page.evaluate("document.querySelector('.strip button').getAttribute('aria-pressed')") == "true"
