@@ -19,6 +19,7 @@ from onnx import NodeProto
 
 from guard.graph import Graph, reads
 from guard.operators import passes_gradient, rule_for, supported_operators
+from guard.operators.convolution import added
 
 __all__ = ["Graph", "check_differentiable", "pullback", "supported_operators"]
 
@@ -36,13 +37,13 @@ def pullback(graph: Graph, output: str, cotangent: str, input: str) -> str:
     path, graph.needed = _path(graph, input, output)
     contributions: dict[str, list[str]] = defaultdict(list, {output: [cotangent]})
     for node in reversed(path):
-        cotangents = [_total(graph, contributions.pop(name, [])) for name in node.output]
+        cotangents = [_total(graph, name, contributions.pop(name, [])) for name in node.output]
         if all(c is None for c in cotangents):
             continue
         for name, gradient in zip(node.input, rule_for(node)(graph, node, cotangents), strict=False):
             if gradient is not None and graph.needs(name):
-                contributions[name].append(gradient)
-    gradient = _total(graph, contributions.get(input, []))
+                contributions[name].append(graph.declare(gradient, like=name))
+    gradient = _total(graph, input, contributions.get(input, []))
     return graph.declare(gradient or graph.op("Mul", input, graph.scalar(0.0, input)), like=input)
 
 
@@ -74,8 +75,9 @@ def _path(graph: Graph, input: str, output: str) -> tuple[list[NodeProto], froze
     return path[::-1], frozenset(wanted)
 
 
-def _total(graph: Graph, contributions: list[str]) -> str | None:
+def _total(graph: Graph, name: str, contributions: list[str]) -> str | None:
+    """The sum of what reaches a tensor."""
     total: str | None = None
     for contribution in contributions:
-        total = contribution if total is None else graph.op("Add", total, contribution)
+        total = contribution if total is None else graph.declare(added(graph, total, contribution), like=name)
     return total

@@ -8,7 +8,7 @@ is equal in both is static. The same runs yield the value of every tensor that d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, TypeVar, overload
@@ -69,7 +69,8 @@ class Graph:
 
     Local functions are inlined, and a model below opset 17 is converted to it.
     `provider` is where the result will run; rules choose their lowering by it.
-    `needed` holds, during a reverse walk, the tensors whose gradient is wanted.
+    `needed` holds, during a reverse walk, the tensors whose gradient is wanted, and `phases` what gradients
+    of strided convolutions were put together from (`guard.operators.convolution`).
 
     Raises:
         ModelError: a model that cannot be inlined, converted or run, or an input whose size is unknown
@@ -79,6 +80,7 @@ class Graph:
     def __init__(self, model: onnx.ModelProto, *, provider: Provider = "cpu") -> None:
         self.provider: Provider = provider
         self.needed: frozenset[str] = frozenset()
+        self.phases: dict[str, Any] = {}
         model = _prepared(model)
         # weights are shared with the caller's model, not copied, and never written to
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -93,6 +95,7 @@ class Graph:
         self._constants: dict[Hashable, str] = {}
         self._memo: dict[Hashable, Any] = {}
         self._shapes: dict[str, Shape] = {}
+        self._per_image: set[str] = set()  # tensors whose first axis is that of the images
         self._types: dict[str, int] = {}
         if any(node.op_type == "If" for node in self._nodes):
             self._take_constant_branches()
@@ -216,6 +219,8 @@ class Graph:
     def declare(self, name: str, like: str) -> str:
         """States that a tensor has the shape of tensor `like`, to spare reading it off; returns `name`."""
         self._shapes.setdefault(name, self.shape(like))
+        if like in self._per_image:
+            self._per_image.add(name)
         return name
 
     def rank(self, name: str) -> int:
@@ -325,7 +330,9 @@ class Graph:
             value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(self.dtype(tensor))
             values.append(value)
         nodes = [*self._reaching(list(renamed.values())), *identities]
-        return self._assembled(nodes, values, large_as_inputs=False)[0]
+        model, _ = self._assembled(nodes, values, large_as_inputs=False)
+        model.graph.value_info.extend(self._known_shapes(nodes, exclude=renamed))
+        return model
 
     def _take(self, nodes: Iterable[NodeProto]) -> None:
         """Appends copies of a model's nodes; Constant nodes become constants."""
@@ -363,6 +370,24 @@ class Graph:
             if name not in self._names:
                 self._names.add(name)
                 return name
+
+    def _known_shapes(
+        self, nodes: Iterable[NodeProto], exclude: Collection[str]
+    ) -> list[onnx.ValueInfoProto]:
+        """Shapes of intermediate tensors. What onnxruntime infers loses the batch axis at every Reshape, and
+        it keeps its blocked layout through Mul and Add only where it can tell that shapes are equal.
+        """
+        symbols = {v.type.tensor_type.shape.dim[0].dim_param for v in self._model.graph.input if _rank(v)}
+        batch = min(symbols - {""}, default="")
+        if not batch:
+            return []
+        values = []
+        for name in (name for node in nodes for name in node.output if name and name not in exclude):
+            shape = self._shapes.get(name)
+            if shape and shape[0] is None and name in self._per_image and None not in shape[1:]:
+                kind = helper.np_dtype_to_tensor_dtype(self.dtype(name))
+                values.append(helper.make_tensor_value_info(name, kind, [batch, *shape[1:]]))
+        return values
 
     def _reaching(self, outputs: Iterable[str]) -> list[NodeProto]:
         """The nodes that `outputs` depend on, in order."""
@@ -448,6 +473,8 @@ class Graph:
             if name in dependent:
                 dims = [int(a) if a == b else None for a, b in zip(first, second, strict=True)]
                 self._shapes[name] = tuple(dims)
+                if (*first[:1], *second[:1]) == PROBE_BATCHES:
+                    self._per_image.add(name)
                 continue
             dims = [a if a == b else None for a, b in zip(first.shape, second.shape, strict=True)]
             self._shapes[name] = tuple(dims)

@@ -20,7 +20,7 @@ import onnx
 from guard.autodiff import Graph, pullback
 from guard.graph import Provider
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raised whenever a change could alter a score or a gradient norm: calibrations name the one they used."""
 
 Score = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]

@@ -26,7 +26,9 @@ STEP = 1e-5
 class Case:
     """One operator: shapes of the inputs to differentiate (without the batch axis), constants, attributes.
 
-    `low`, `high` bound the random inputs. A constant has its position in the node's inputs as key.
+    `low`, `high` bound the random inputs. A constant has its position in the node's inputs as key. Where the
+    gradient is a difference of terms as large as the cotangent, which may leave next to nothing, `cancels`
+    relates float32's error to no less than a hundredth of the cotangent.
     """
 
     op_type: str
@@ -40,6 +42,7 @@ class Case:
     high: float = 2.0
     domain: str = ""
     label: str = ""
+    cancels: bool = False
 
     def __str__(self) -> str:
         parts = [f"{k}={v}" for k, v in self.attributes.items()]
@@ -95,13 +98,13 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     )
 
 
-def relative_error(actual: Array, expected: Array) -> float:
-    """Largest deviation over the largest magnitude (or over 1e-6, if all is smaller)."""
+def relative_error(actual: Array, expected: Array, least: float = 1e-6) -> float:
+    """Largest deviation over the largest magnitude (or over `least`, if all is smaller)."""
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {actual.shape}, expected {expected.shape}")
     if not expected.size:
         return 0.0
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-6))
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), least))
 
 
 def check(case: Case, *, seed: int = 0, provider: Provider = "cpu") -> None:
@@ -119,13 +122,14 @@ def check(case: Case, *, seed: int = 0, provider: Provider = "cpu") -> None:
         (original_y,) = original.run(None, singles)
         v = random.standard_normal(original_y.shape).astype(np.float32).astype(np.float64)
         _, *exact = backward({**feeds, "cotangent": v})
+        least = 0.01 * float(np.abs(v).max(initial=0.0)) if case.cancels else 1e-6
         y, *actual = served.run(None, {**singles, "cotangent": v.astype(np.float32)})
         np.testing.assert_allclose(y, original_y, rtol=1e-5, atol=1e-6)
         assert relative_error(y, forward(feeds)[0]) < 1e-5
         for name, single, gradient in zip(feeds, actual, exact, strict=True):
             assert gradient.shape == feeds[name].shape
             assert single.dtype == np.float32
-            assert relative_error(single, gradient) < 2e-5, f"{name} in float32"
+            assert relative_error(single, gradient, least) < 2e-5, f"{name} in float32"
             for _ in range(3):
                 direction = random.standard_normal(gradient.shape)
                 ahead, behind = (

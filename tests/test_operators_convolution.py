@@ -1,12 +1,15 @@
+from collections import Counter
 from itertools import product
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from guard.graph import Provider
-from tests.gradients import Array, Case, check
+from tests.gradients import Array, Case, check, gradient_model, relative_error, session
 
 Pads = tuple[int, int, int, int]
 
@@ -125,3 +128,49 @@ def test_any_conv(
         group=group,
     )
     check(case, seed=seed, provider=provider)
+
+
+def strided_convs(kernel_sizes: tuple[int, ...], size: tuple[int, int], stride: int) -> onnx.ModelProto:
+    """The sum of several convolutions of one input, as where a residual block halves its input."""
+    weights = [
+        numpy_helper.from_array(kernel(5, 20, k, k) + np.float32(i), f"w{i}")
+        for i, k in enumerate(kernel_sizes)
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", f"w{i}"], [f"y{i}"], strides=[stride] * 2, pads=[k // 2] * 4)
+        for i, k in enumerate(kernel_sizes)
+    ]
+    nodes.append(helper.make_node("Sum", [node.output[0] for node in nodes], ["y"]))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 20, *size])
+    y = onnx.ValueInfoProto(name="y")
+    y.type.tensor_type.elem_type = TensorProto.FLOAT
+    graph = helper.make_graph(nodes, "block", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel_sizes", "stride", "operators"),
+    [
+        ((3, 1), 2, {"Conv": 2 + 4 + 1, "Add": 1}),
+        ((1, 3), 2, {"Conv": 2 + 4 + 1, "Add": 1}),
+        ((3, 3), 2, {"Conv": 2 + 4 + 4, "Add": 4}),
+        ((3, 1, 5), 2, {"Conv": 3 + 4 + 1 + 4, "Add": 1 + 4}),
+        ((1, 1), 2, {"Conv": 2, "ConvTranspose": 2, "Add": 1}),  # nothing but zeros in between
+        ((3, 1), 3, {"Conv": 2 + 9 + 1, "Add": 1}),
+    ],
+    ids=str,
+)
+def test_strided_convs_of_one_input_are_added_in_phases(
+    kernel_sizes: tuple[int, ...], stride: int, operators: dict[str, int], size: tuple[int, int]
+) -> None:
+    model = strided_convs(kernel_sizes, size, stride)
+    found = gradient_model(model)
+    counted = Counter(node.op_type for node in found.graph.node)
+    assert {op: counted[op] for op in ("Conv", "ConvTranspose", "Add") if counted[op]} == operators
+    random = np.random.default_rng(1)
+    x = random.standard_normal((2, 20, *size)).astype(np.float32)
+    v = random.standard_normal((2, 5, *(-(-n // stride) for n in size))).astype(np.float32)
+    expected = session(gradient_model(model, provider="cuda")).run(["g0"], {"x": x, "cotangent": v})[0]
+    actual = session(found).run(["g0"], {"x": x, "cotangent": v})[0]
+    assert relative_error(actual, expected) < 1e-6

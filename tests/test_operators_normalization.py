@@ -73,7 +73,12 @@ def test_batch_normalization_in_training_mode_is_refused() -> None:
     seed=st.integers(0, 99),
 )
 def test_any_softmax(op: str, shape: list[int], axis: int, seed: int) -> None:
-    check(Case(op, [tuple(shape)], attributes={"axis": 1 + axis % len(shape)}), seed=seed)
+    case = Case(op, [tuple(shape)], attributes={"axis": 1 + axis % len(shape)}, cancels=True)
+    check(case, seed=seed)
+
+
+def test_a_softmax_whose_gradient_cancels() -> None:
+    check(Case("LogSoftmax", [(2,)], attributes={"axis": 1}, cancels=True), seed=48)
 
 
 def test_softmax_of_far_apart_logits() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from onnx import NodeProto
 
 from guard.graph import Array, Graph, attributes
-from guard.operators.broadcast import expand_to, reshape_to
-from guard.operators.convolution import Window, window
+from guard.operators.broadcast import reshape_to
+from guard.operators.convolution import Window, spread_evenly, window
 from guard.operators.linear import along_axis
 from guard.operators.registry import data_rule
 
@@ -18,8 +18,7 @@ from guard.operators.registry import data_rule
 @data_rule("GlobalAveragePool")
 def global_average_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """The mean's cotangent, spread evenly."""
-    count = prod(graph.static_shape(node.input[0], 2))
-    return expand_to(graph, (graph.tensor(cotangent) * (1 / count)).name, node.input[0])
+    return spread_evenly(graph, cotangent, node.input[0])
 
 
 @data_rule("GlobalMaxPool")

@@ -11,6 +11,7 @@ from onnx import NodeProto
 from guard.errors import ModelError
 from guard.graph import Graph, Tensor, attributes, describe
 from guard.operators.broadcast import axes_of, expand_to, reshape_to
+from guard.operators.convolution import spread_evenly
 from guard.operators.registry import data_rule
 
 
@@ -56,6 +57,8 @@ def reduce_mean(graph: Graph, node: NodeProto, cotangent: str) -> str:
     dims = [graph.shape(node.input[0])[axis] for axis in reduced_axes(graph, node)]
     if any(d is None for d in dims):
         raise ModelError(f"{describe(node)} averages over the batch; images must not influence each other.")
+    if dims and reduced_axes(graph, node) == list(range(2, graph.rank(node.input[0]))):
+        return spread_evenly(graph, kept(graph, node, cotangent), node.input[0])
     scaled = graph.tensor(cotangent) * (1 / prod(d or 1 for d in dims))
     return expand_to(graph, kept(graph, node, scaled.name), node.input[0])
 
