@@ -38,8 +38,8 @@ def main() -> None:
     if calibration.score != "jacobian":
         raise UsageError(f"{given.bundle} is calibrated for {calibration.score!r}; expected 'jacobian'.")
     images = load(given.val, "test").images[: given.limit]
-    served = Detector(bundle.model, threads=given.threads, spread=True)
-    full = Detector(bundle.model, score="jacobian-full", threads=given.threads, spread=True)
+    served = Detector(bundle.model, threads=given.threads)
+    full = Detector(bundle.model, score="jacobian-full", threads=given.threads)
     threshold, bound = calibration.threshold, calibration.row_bound
     agree = rejected = further = third = 0
     with Progress(len(images), "images decided both ways") as progress:

@@ -5,8 +5,7 @@
 
 Every contender runs once per repeat, in an order drawn anew, on fresh random images, with the same number of
 threads and without spinning worker threads; a ratio is the median over repeats of contender / bare of the
-same repeat. "spread" computes one chunk per thread side by side, as offline commands do, the others each
-chunk with all threads.
+same repeat. Batches are split into chunks as `guard.runtime.Detector` does it.
 Weights are random: no timed path depends on them (rows beyond the second are not part of the timed call).
 """
 
@@ -27,8 +26,8 @@ import onnxruntime
 import torch
 import torchvision
 
-from guard.guarded import Score, guarded_model, vjp_model
-from guard.runtime import CHUNK, Detector, session_of
+from guard.guarded import guarded_model, vjp_model
+from guard.runtime import Detector, session_of
 
 FLOP_LIMITS = {"two rows (jacobian)": "3", "one row (margin-gradient)": "2", "all rows, one graph": "1 + K"}
 
@@ -67,7 +66,7 @@ def contenders(
 ) -> dict[str, Callable[[np.ndarray[Any, Any]], object]]:
     """What is timed, by name; each takes images (B, C, H, W)."""
     model = exported(net, shape)
-    chunk = CHUNK["cpu"]
+    chunk = Detector(model, provider="cpu").chunk
 
     def chunked(session: onnxruntime.InferenceSession) -> Callable[[np.ndarray[Any, Any]], object]:
         names = [output.name for output in session.get_outputs()]
@@ -75,18 +74,13 @@ def contenders(
 
     bare = session_of(model, threads=threads)
     vjp = session_of(vjp_model(model), threads=threads)
-    scores: tuple[Score, ...] = ("margin-gradient", "jacobian")
     found: dict[str, Callable[[np.ndarray[Any, Any]], object]] = {
         "bare": lambda x: bare.run(None, {"images": x}),
-        f"bare, chunks of {chunk}": chunked(bare),
         "one row (margin-gradient)": chunked(
             session_of(guarded_model(model, "margin-gradient"), threads=threads)
         ),
         "two rows (jacobian)": chunked(session_of(guarded_model(model, "jacobian"), threads=threads)),
     }
-    for score in scores:
-        detector = Detector(model, score=score, provider="cpu", threads=threads, spread=True)
-        found[f"{'one row' if score == 'margin-gradient' else 'two rows'}, spread"] = detector.measure
     if not rows:
         return found
 
@@ -113,7 +107,8 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
     table = []
     for batch in batches:
         seconds: dict[str, list[float]] = {key: [] for key in timed}
-        for repeat in range(repeats + 2):
+        rounds = repeats * max(1, 4 // batch)  # a single image is timed the least surely
+        for repeat in range(rounds + 2):
             images = rng.random((batch, *shape), dtype=np.float32)
             for key in rng.permutation(list(timed)):
                 run = timed[key]
@@ -121,7 +116,7 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
                 run(images)
                 if repeat >= 2:
                     seconds[key].append(time.perf_counter() - start)
-            print(f"\r{name} batch {batch}: {repeat + 1}/{repeats + 2}", end="", file=sys.stderr)
+            print(f"\r{name} batch {batch}: {repeat + 1}/{rounds + 2}", end="", file=sys.stderr)
         print(file=sys.stderr)
         for key, values in seconds.items():
             ratios = [v / b for v, b in zip(values, seconds["bare"], strict=True)]
@@ -134,6 +129,7 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
                     "milliseconds": round(1e3 * statistics.median(values), 3),
                     "ratio": round(middle, 3),
                     "quartiles": [round(low, 3), round(high, 3)],
+                    "n": rounds,
                     "flop_limit": FLOP_LIMITS.get(key),
                 }
             )
@@ -167,7 +163,6 @@ def main() -> None:
                 "onnxruntime": onnxruntime.__version__,
                 "torch": torch.__version__,
             },
-            "repeats": given.repeats,
             "rows": table,
         }
         given.out.write_text(json.dumps(result, indent=1) + "\n")

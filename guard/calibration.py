@@ -51,7 +51,7 @@ from guard.stages import Arrays, Piece, Stages
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-STAGES_VERSION = 2
+STAGES_VERSION = 3
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
@@ -110,7 +110,7 @@ def calibrate(
     """
     found = bundle.load(folder)
     _check(dataset, found, settings)
-    detector = Detector(found.model, score=settings.score, provider=provider, threads=threads, spread=True)
+    detector = Detector(found.model, score=settings.score, provider=provider, threads=threads)
     run = _Run(found, dataset, settings, effort, detector)
     key = {
         "version": STAGES_VERSION,
@@ -350,7 +350,6 @@ class _Run:
             score="jacobian-full",
             provider=self.detector.provider,
             threads=self.detector.threads,
-            spread=self.detector.spread,
         )
 
         def piece(part: Int64) -> Arrays:
@@ -436,7 +435,7 @@ class _Run:
                     "median": float(np.median(distance)) if reached.all() else None,
                 },
             },
-            effort={"images": len(slopes), **change},
+            effort={"images": len(slopes), "exceeded": fitting.EXCEEDED, **change},
             ablation={
                 "l_bound": float(l_bound(report.margin[nearest], lipschitz.value).mean()),
                 "first_order": float(_finite(first_order_radius(report.margin, slope)[nearest]).mean()),

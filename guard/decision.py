@@ -194,17 +194,16 @@ class Guard:
         provider: Literal["auto", "cpu", "cuda"] = "auto",
         *,
         threads: int = 0,
-        spread: bool = False,
         policy: Policy | None = None,
     ) -> Self:
         """Loads and checks the bundle in the folder `path`; `policy` is the environment's where not given.
 
-        `provider`, `threads` and `spread` are those of `guard.runtime.Detector`.
+        `provider` and `threads` are those of `guard.runtime.Detector`.
         """
         bundle = bundles.load(path, graph_version=GRAPH_VERSION)
         score = bundle.calibrated().score
         chosen = Policy.from_environment() if policy is None else policy
-        detector = Detector(bundle.model, score=score, provider=provider, threads=threads, spread=spread)
+        detector = Detector(bundle.model, score=score, provider=provider, threads=threads)
         return cls(bundle, detector, chosen)
 
     def classify(self, images: Float32) -> list[Decision]:

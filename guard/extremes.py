@@ -62,6 +62,11 @@ def block_maxima(values: ArrayLike, blocks: int) -> NDArray[np.float64]:
     return np.array([part.max() for part in np.array_split(array, blocks)])
 
 
+def of_blocks(exceedance: float, length: int) -> float:
+    """How likely the maximum of `length` independent values exceeds what one exceeds with `exceedance`."""
+    return -math.expm1(length * math.log1p(-exceedance))
+
+
 def fit(maxima: ArrayLike, exceedance: float = EXCEEDANCE) -> Extreme:
     """The quantile at 1 - `exceedance` of the distribution of block maxima, by maximum likelihood.
 

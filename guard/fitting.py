@@ -19,11 +19,14 @@ from guard.extremes import Extreme
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-EPS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
+EPS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Grid of the modulus of continuity, in units of each image's first-order radius."""
 
-SCREENED_AT = 4
+SCREENED_AT = 7
 """Index in `EPS` of the radius at which images are screened: near where radii end up."""
+
+EXCEEDED = 0.001
+"""Share of images whose remainder is to exceed omega, at every eps, as far as the fit is right."""
 
 SECOND_LOOK = 0.25
 """Share of blocks, those with the largest maxima, whose leaders are searched again with twice the effort."""
@@ -33,14 +36,15 @@ SECOND_LOOK = 0.25
 class Effort:
     """How hard calibration searches. The defaults keep omega within 5% of that of twice the effort.
 
-    `omega_images` are split into bins of at least `bin_images`, each of `blocks` blocks. All are screened at
-    one radius from every start with half the steps; the `kept` share with the largest remainders of each
+    `omega_images` are split into bins of at least `bin_images`, each of `bin_blocks` blocks. All are screened
+    at one radius from every start with half the steps; the `kept` share with the largest remainders of each
     block then gets `steps` ascent steps at every eps, from its best start at the first and warm-started from
-    there on.
+    there on. Other bounds come from `blocks` blocks of all images.
     """
 
     omega_images: int = 1000
     bin_images: int = 250
+    bin_blocks: int = 25
     blocks: int = 50
     starts: int = 3
     steps: int = 20
@@ -196,7 +200,7 @@ def layout(radius: Values, effort: Effort) -> Layout:
     bins = max(1, len(usable) // effort.bin_images)
     parts = np.array_split(usable[np.argsort(radius[usable], kind="stable")], bins)
     edges = np.array([radius[part[0]] for part in parts[1:]])
-    blocks = [np.array_split(np.sort(part), min(effort.blocks, len(part))) for part in parts]
+    blocks = [np.array_split(np.sort(part), min(effort.bin_blocks, len(part))) for part in parts]
     return Layout(blocks, edges, np.array([radius[part].max() for part in parts]))
 
 
@@ -233,12 +237,14 @@ def omega(plan: Layout, values: Values) -> FittedOmega:
     radius.
 
     `values` (B, E) are the images' remainders at the grid `EPS`. One generalized extreme value fit per bin
-    and eps, made monotone along eps. Status: estimate.
+    and eps, made monotone along eps; its quantile is the one that a share `EXCEEDED` of images exceeds, which
+    does not hang on how many make a block. Status: estimate.
     """
-    fits = [
-        [extremes.fit(np.array([values[block, at].max() for block in row])) for at in range(len(EPS))]
-        for row in plan.blocks
-    ]
+    fits = []
+    for row in plan.blocks:
+        exceedance = extremes.of_blocks(EXCEEDED, min(len(block) for block in row))
+        maxima = np.array([values[block].max(axis=0) for block in row])
+        fits.append([extremes.fit(column, exceedance) for column in maxima.T])
     table = OmegaTable(
         eps=np.array(EPS),
         values=np.maximum.accumulate([[one.value for one in row] for row in fits], axis=1),

@@ -27,6 +27,7 @@ SHAPE = (3, 8, 8)
 QUICK = Effort(
     omega_images=40,
     bin_images=20,
+    bin_blocks=10,
     blocks=10,
     starts=2,
     steps=3,

@@ -36,6 +36,16 @@ def test_maxima_of_normals_need_no_more_than_the_tail_says() -> None:
     assert found.value == pytest.approx(float(stats.norm.isf(1 - 0.999**0.01)), rel=0.1)
 
 
+@pytest.mark.parametrize("length", [1, 4, 25])
+def test_the_quantile_of_single_values_whatever_the_length_of_blocks(length: int) -> None:
+    values = np.random.default_rng(4).gumbel(size=500 * length)
+    exceedance = extremes.of_blocks(0.001, length)
+    found = extremes.fit(extremes.block_maxima(values, 500), exceedance)
+    quantile = stats.genextreme(-found.shape, found.location, found.scale).isf(exceedance)
+    assert quantile == pytest.approx(float(stats.gumbel_r.isf(0.001)), rel=0.12)
+    assert found.value == pytest.approx(max(found.largest, quantile))
+
+
 def test_never_below_what_was_seen() -> None:
     for seed in range(30):
         maxima = -np.asarray(stats.expon.rvs(size=20, random_state=seed))  # a hard end at 0

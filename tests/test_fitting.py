@@ -7,7 +7,7 @@ from guard import attacks, fitting
 from guard.attacks import Norm
 from guard.certificate import omega_radius
 from guard.errors import CalibrationError
-from guard.fitting import EPS, SCREENED_AT, Effort
+from guard.fitting import EPS, EXCEEDED, SCREENED_AT, Effort
 from guard.runtime import Detector
 from tests import networks
 from tests.test_attacks import SHAPE, Quadratic
@@ -18,7 +18,7 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 def test_layout_covers_every_usable_image_once() -> None:
     radius = np.random.default_rng(0).exponential(size=103)
     radius[[3, 5]] = [0.0, np.inf]
-    plan = fitting.layout(radius, Effort(bin_images=25, blocks=5))
+    plan = fitting.layout(radius, Effort(bin_images=25, bin_blocks=5))
     together = np.concatenate([block for row in plan.blocks for block in row])
     assert sorted(together) == [i for i in range(103) if i not in (3, 5)]
     assert [len(row) for row in plan.blocks] == [5, 5, 5, 5]
@@ -36,7 +36,7 @@ def test_layout_of_few_and_of_no_images() -> None:
 
 
 def test_survivors_keep_the_largest_of_every_block() -> None:
-    plan = fitting.layout(np.arange(1.0, 41.0), Effort(bin_images=20, blocks=4))
+    plan = fitting.layout(np.arange(1.0, 41.0), Effort(bin_images=20, bin_blocks=4))
     screened = np.random.default_rng(0).random(40)
     kept = fitting.survivors(plan, screened, Effort(kept=0.4))
     assert len(kept) == 2 * 4 * 2
@@ -45,7 +45,7 @@ def test_survivors_keep_the_largest_of_every_block() -> None:
 
 
 def test_leaders_hold_the_largest_maxima() -> None:
-    plan = fitting.layout(np.arange(1.0, 81.0), Effort(bin_images=40, blocks=8))
+    plan = fitting.layout(np.arange(1.0, 81.0), Effort(bin_images=40, bin_blocks=8))
     values = np.random.default_rng(0).random((80, len(EPS)))
     leading = fitting.leaders(plan, values)
     for row in plan.blocks:
@@ -54,13 +54,22 @@ def test_leaders_hold_the_largest_maxima() -> None:
     assert len(leading) <= 2 * 2 * len(EPS)
 
 
+def test_omega_is_exceeded_by_the_stated_share_of_images() -> None:
+    generator = np.random.default_rng(0)
+    radius, values = np.arange(1.0, 4001.0), generator.exponential(size=(4000, 1)) * np.array(EPS)
+    for blocks in (50, 125):
+        effort = Effort(bin_images=500, bin_blocks=blocks)
+        found = fitting.omega(fitting.layout(radius, effort), values).table.values
+        assert np.median(found, axis=0) == pytest.approx(-np.log(EXCEEDED) * np.array(EPS), rel=0.25)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_omega_of_a_quadratic_model(norm: Norm) -> None:
     # Class 0 is predicted with margin M and slope g; the remainder at eps is 12 a eps^2 / 2 or a eps^2 / 2.
     model = Quadratic(np.full(12, 2.0), offset=-20.0)
     images = networks.images(40, SHAPE)
     generator = np.random.default_rng(0)
-    effort = Effort(bin_images=10, blocks=10, steps=10)
+    effort = Effort(bin_images=10, bin_blocks=10, steps=10)
     margin, slope, screened, _, shift = fitting.screen(
         model, images, norm, effort, generator, linear="aligned"
     )

@@ -114,20 +114,28 @@ def test_wrong_shapes_are_named(detector: Detector) -> None:
         detector.measure(np.zeros((0, 3, 8, 8), np.float32))
 
 
-def test_chunks_side_by_side_give_the_same_numbers(network: onnx.ModelProto, detector: Detector) -> None:
-    spread = Detector(network, provider="cpu", threads=4, chunk=2, spread=True)
+def test_chunks_in_turn_give_the_same_numbers(network: onnx.ModelProto, detector: Detector) -> None:
+    small = Detector(network, provider="cpu", chunk=2)
     x = images(7)
     labels = detector.logits(x).argmax(axis=1)
-    np.testing.assert_allclose(spread.logits(x), detector.logits(x), rtol=1e-5)
+    np.testing.assert_allclose(small.logits(x), detector.logits(x), rtol=1e-5)
     np.testing.assert_allclose(
-        spread.loss_gradient(x, labels)[2], detector.loss_gradient(x, labels)[2], rtol=1e-4, atol=1e-6
+        small.loss_gradient(x, labels)[2], detector.loss_gradient(x, labels)[2], rtol=1e-4, atol=1e-6
     )
-    # A threshold at which every image asks for further rows, from inside the threads.
-    limits = {"threshold": 1e3, "row_bound": 1e9}
-    found, expected = spread.measure(x, **limits), detector.measure(x, **limits)
+    limits = {"threshold": 1e3, "row_bound": 1e9}  # every image asks for further rows
+    found, expected = small.measure(x, **limits), detector.measure(x, **limits)
     np.testing.assert_array_equal(found.rows, expected.rows)
     assert found.rows.min() > 2
     np.testing.assert_allclose(found.jacobian, expected.jacobian, rtol=1e-5)
+
+
+def test_a_chunk_holds_fewer_images_the_larger_they_are() -> None:
+    def chunk(side: int) -> int:
+        return Detector(
+            linear(np.ones((2, side**2), np.float32), shape=(1, side, side)), provider="cpu"
+        ).chunk
+
+    assert (chunk(8), chunk(224), chunk(640)) == (32, 8, 1)
 
 
 def test_threads_share_a_detector(detector: Detector) -> None:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not words:
         raise UsageError(f"{folder} is the bundle, but no images were given.")
     kind = _format(arguments)
-    guard = Guard.from_bundle(folder, arguments.provider, threads=arguments.threads, spread=True)
+    guard = Guard.from_bundle(folder, arguments.provider, threads=arguments.threads)
     given = offline.sources(words, guard.detector.input_shape)
     counts: Counter[str] = Counter()
     with (
