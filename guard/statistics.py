@@ -177,27 +177,37 @@ def _check_count(k: int, n: int) -> None:
         raise CalibrationError(f"{k} of {n} is not a share: expected 0 <= count <= n and n >= 1.")
 
 
-def quantile_curve(reference: ArrayLike, level: ArrayLike) -> NDArray[np.float64]:
-    """Interpolated quantiles of `reference` scores: level j / (n + 1) is the j-th smallest, above n / (n + 1)
-    +inf.
+def _knots(reference: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The finite `reference` scores after a 0, ascending, and the level of each: level j / (n + 1) is the
+    j-th smallest.
     """
     values = np.sort(np.asarray(reference, dtype=np.float64).ravel())
+    values = np.concatenate([[0.0], values[np.isfinite(values)]])
+    return values, np.arange(values.size) / values.size
+
+
+def quantile_curve(reference: ArrayLike, level: ArrayLike) -> NDArray[np.float64]:
+    """Interpolated quantiles of non-negative `reference` scores: level j / (n + 1) is the j-th smallest.
+
+    Above n / (n + 1) the curve goes on as 1 / (1 - level) does, to +inf at level 1.
+    """
+    values, grid = _knots(reference)
     levels = np.asarray(level, dtype=np.float64)
-    grid = np.arange(values.size + 1) / (values.size + 1)
-    quantiles = np.interp(levels, grid, np.concatenate([[0.0], values]))
-    return np.asarray(np.where(levels > grid[-1], np.inf, quantiles), dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.where(levels < 1, values[-1] / (values.size * (1 - levels)), np.inf)
+    return np.asarray(np.where(levels > grid[-1], beyond, np.interp(levels, grid, values)), dtype=np.float64)
 
 
 def quantile_level(reference: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
     """Level of each score among non-negative `reference` scores, in [0, 1]: the inverse of `quantile_curve`.
 
-    1 for a score above all of the reference, and for NaN.
+    1 for infinity and NaN.
     """
-    values = np.sort(np.asarray(reference, dtype=np.float64).ravel())
+    values, grid = _knots(reference)
     asked = np.asarray(scores, dtype=np.float64)
-    grid = np.arange(values.size + 1) / (values.size + 1)
-    levels = np.interp(asked, np.concatenate([[0.0], values]), grid)
-    return np.asarray(np.where(asked <= values[-1], levels, 1.0), dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.where(asked > values[-1], 1 - values[-1] / (values.size * asked), 1.0)
+    return np.asarray(np.where(asked <= values[-1], np.interp(asked, values, grid), beyond), dtype=np.float64)
 
 
 def joint_thresholds(
@@ -210,7 +220,8 @@ def joint_thresholds(
     joint score is the smallest level at which every test accepts it, the largest of its K levels; the
     conformal threshold u* of these on the calibration images gives the K thresholds. Finite-sample, like
     `conformal_threshold`, because the reference is independent of calibration and fresh images. Returns
-    thresholds (K,) and u*. Raises `CalibrationError` where u* leaves a test without a finite threshold.
+    thresholds (K,) and u*. Raises `CalibrationError` where u* leaves a test without a finite threshold: too
+    many scores are not finite.
     """
     if reference.shape[0] < 1 or reference.ndim != 2 or calibration.ndim != 2:
         raise CalibrationError("the combined score needs a reference fold with at least one image.")
@@ -223,8 +234,10 @@ def joint_thresholds(
         [max(float(quantile_curve(reference[:, k], level)), accepted[:, k].max()) for k in tests]
     )
     if not np.isfinite(thresholds).all():
+        unusable = int((~np.isfinite(calibration)).any(axis=1).sum())
         raise CalibrationError(
-            f"{reference.shape[0]} reference images are too few for the combined score at a false positive "
-            f"rate of {alpha}: give more images or allow a higher rate."
+            f"{unusable} of {len(calibration)} calibration images have scores that are not finite: no "
+            f"thresholds can keep a false positive rate of {alpha}. Check the model on these images, or "
+            "choose another score."
         )
     return thresholds, level

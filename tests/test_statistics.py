@@ -145,7 +145,16 @@ def test_quantile_level_inverts_quantile_curve() -> None:
     assert statistics.quantile_level(
         reference, np.array([np.nan, np.inf, 0.0, reference.max()])
     ) == pytest.approx([1.0, 1.0, 0.0, 200 / 201])
-    assert np.isinf(statistics.quantile_curve(reference, 0.9999))
+    assert np.isinf(statistics.quantile_curve(reference, 1.0))
+
+
+def test_quantile_curve_goes_on_beyond_the_reference() -> None:
+    reference = np.array([1.0, 2.0, np.nan, 4.0, np.inf])  # only finite scores make the curve
+    assert statistics.quantile_curve(reference, [0.75, 0.875, 0.999]) == pytest.approx([4.0, 8.0, 1000.0])
+    assert statistics.quantile_level(reference, [4.0, 8.0, 1000.0]) == pytest.approx([0.75, 0.875, 0.999])
+    nothing = np.array([np.nan, 0.0])
+    assert statistics.quantile_level(nothing, [0.0, 1e-9]).tolist() == [0.5, 1.0]
+    assert statistics.quantile_curve(nothing, [0.25, 0.5, 1.0]).tolist() == [0.0, 0.0, np.inf]
 
 
 def test_joint_thresholds_keep_the_rate_of_the_union() -> None:
@@ -169,6 +178,18 @@ def test_joint_thresholds_accept_at_least_the_rank() -> None:
         assert 0.9 < level < 1
 
 
-def test_joint_thresholds_need_a_reference() -> None:
-    with pytest.raises(CalibrationError, match="too few"):
-        statistics.joint_thresholds(np.ones((2, 2)), np.arange(200.0).reshape(100, 2), 0.05)
+def test_joint_thresholds_of_a_small_reference_keep_the_rate() -> None:
+    thresholds, level = statistics.joint_thresholds(
+        np.ones((2, 2)), np.arange(200.0).reshape(100, 2) + np.array([1, 0]), 0.05
+    )
+    assert thresholds == pytest.approx([191.0, 191.0])  # 96 of 100 are to be accepted
+    assert 0.99 < level < 1
+
+
+def test_joint_thresholds_need_finite_scores_and_a_reference() -> None:
+    scores = np.arange(200.0).reshape(100, 2)
+    scores[10:20, 1] = np.inf
+    with pytest.raises(CalibrationError, match="10 of 100 calibration images have scores that are not"):
+        statistics.joint_thresholds(np.ones((2, 2)), scores, 0.05)
+    with pytest.raises(CalibrationError, match="at least one image"):
+        statistics.joint_thresholds(np.ones((0, 2)), scores, 0.05)
