@@ -39,6 +39,7 @@ from guard.bundle import (
 from guard.card import with_calibration
 from guard.certificate import OmegaTable, first_order_radius, l_bound, omega_radius
 from guard.data import Dataset
+from guard.decision import ratio
 from guard.errors import CalibrationError, DataError
 from guard.extremes import Extreme
 from guard.files import atomic_folder, provenance, write_bytes, write_text
@@ -303,30 +304,40 @@ class _Run:
         """Sets the thresholds; returns the scores they come from, and their rank.
 
         The threshold is that of the full Jacobian's scores, though most rows are never computed: rows beyond
-        the first two are computed for images below the two-row threshold that could lie above it. Scores
-        above it are then exact, and the ranked one is either exact or that threshold itself.
+        the first two are computed for images at or below the threshold that could lie above it, and again
+        for the threshold that follows, until it stays where it is. Then exactly those images lie at or below
+        it whose full Jacobian does.
         """
-        settings, part = self.settings, self.folds["threshold"]
-        if settings.score != "combined":
-            scores = score_of(clean["threshold"], settings.score)
-            self.tests = {settings.score: self._conformal(scores)}
-            if self.counts_rows:
-                decided = self._measure(stages, "rows-threshold", part, decided=True)
-                scores = score_of(decided, settings.score)
-                self.tests = {settings.score: self._conformal(scores)}
-            return scores, statistics.rank_of(len(scores), settings.fpr, settings.risk)
-        reference = _columns(clean["radii"])
-        self.tests = self._joint(reference, _columns(clean["threshold"]))
-        scores = _columns(self._measure(stages, "rows-threshold", part, decided=True))
-        self.tests = self._joint(reference, scores)
-        ratios = np.max(scores / np.array([self.tests[name] for name in TESTS]), axis=1)
-        return ratios, statistics.rank_of(len(ratios), settings.fpr, settings.risk)
+        names = self._test_names
+        scores, reference = self._columns(clean["threshold"]), self._columns(clean["radii"])
+        self.tests = self._thresholds(scores, reference)
+        look = 0
+        while self.counts_rows:
+            before, look = self.tests, look + 1
+            decided = self._measure(stages, f"rows-{look}-threshold", self.folds["threshold"], decided=True)
+            scores = np.maximum(scores, self._columns(decided))
+            self.tests = self._thresholds(scores, reference)
+            if self.tests == before:
+                break
+        if self.settings.score == "combined":
+            ratios = [ratio(scores[:, at], self.tests[name]) for at, name in enumerate(names)]
+            scores = np.max(ratios, axis=0)
+        return scores.ravel(), statistics.rank_of(len(scores), self.settings.fpr, self.settings.risk)
 
-    def _conformal(self, scores: Float64) -> float:
-        return statistics.conformal_threshold(scores, self.settings.fpr, self.settings.risk)
+    @property
+    def _test_names(self) -> tuple[Score, ...]:
+        return TESTS if self.settings.score == "combined" else (self.settings.score,)
 
-    def _joint(self, reference: Float64, scores: Float64) -> dict[Score, float]:
-        thresholds, _ = statistics.joint_thresholds(reference, scores, self.settings.fpr, self.settings.risk)
+    def _columns(self, measured: Measurement) -> Float64:
+        """Scores (B, T) of the detector's tests."""
+        return np.stack([score_of(measured, name) for name in self._test_names], axis=1)
+
+    def _thresholds(self, scores: Float64, reference: Float64) -> dict[Score, float]:
+        """The tests' thresholds from the scores (n, T) of the threshold fold; `reference` is for several."""
+        fpr, risk = self.settings.fpr, self.settings.risk
+        if self.settings.score != "combined":
+            return {self.settings.score: statistics.conformal_threshold(scores, fpr, risk)}
+        thresholds, _ = statistics.joint_thresholds(reference, scores, fpr, risk)
         return dict(zip(TESTS, thresholds.tolist(), strict=True))
 
     def _threshold(self) -> float:
@@ -591,11 +602,6 @@ def _slope(measured: Measurement, norm: Norm) -> Float64:
     """Dual norm of the margin's gradient, (B,)."""
     chosen = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
     return np.asarray(chosen, dtype=np.float64)
-
-
-def _columns(measured: Measurement) -> Float64:
-    """Scores (B, 2) of the combined detector's tests."""
-    return np.stack([score_of(measured, name) for name in TESTS], axis=1)
 
 
 def _finite(values: Float64) -> Float64:

@@ -131,6 +131,31 @@ def test_threshold_is_the_ranked_full_jacobian_score(
     assert made.threshold == pytest.approx(scores[conformal_rank(100, 0.05) - 1], rel=1e-5)
 
 
+@pytest.mark.parametrize("score", ["jacobian", "combined"])
+def test_threshold_counts_third_rows_of_images_above_the_two_row_threshold(
+    score: Any, tmp_path: Path
+) -> None:
+    # Two classes much alike, and a less probable one whose row is longer than theirs.
+    generator = np.random.default_rng(0)
+    weight = np.outer([0, 0, 1], generator.normal(size=12) / 3) + 0.1 * generator.normal(size=(3, 12))
+    bias = -weight.sum(axis=1) / 2 - [0, 0, 1.5]
+    model = networks.linear(weight.astype(np.float32), bias.astype(np.float32), (1, 3, 4))
+    dataset = make_data(model, 400, (1, 3, 4))
+    folder = make_bundle(tmp_path / "net", model, (1, 3, 4))
+    made = calibrate(folder, dataset, Settings(score=score), QUICK, silent=True)
+    part = data.to_floats(dataset.images[data.folds(400, 0)["threshold"]])
+    full = Detector(model, score="jacobian-full", provider="cpu").measure(part)
+    if score == "jacobian":
+        scores = np.sort(full.jacobian.astype(float))
+        assert made.threshold == pytest.approx(scores[conformal_rank(100, 0.05) - 1], rel=1e-5)
+        return
+    jacobian, radius = (test.threshold for test in made.tests)
+    rejected = (full.jacobian > jacobian * (1 + 1e-6)) | (
+        full.gradient_l2 / full.margin > radius * (1 + 1e-6)
+    )
+    assert rejected.sum() <= 100 - conformal_rank(100, 0.05)
+
+
 def test_realized_rate_is_that_of_the_served_decisions(
     calibrated: tuple[Path, bundle.Calibration], noise: Dataset
 ) -> None:
