@@ -226,8 +226,8 @@ class Bundle:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder` but the manifest, by relative path."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """sha256 of every file below `folder` but its manifest, by relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
 
@@ -241,14 +241,19 @@ def _parse(kind: type[RecordType], path: Path) -> RecordType:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BundleError(
             f"{path}: {where}: {first['msg']}. The file is corrupt or of another version of guard; "
-            "make the bundle again."
+            f"{_remedy(path.name)}."
         ) from error
 
 
-def load(folder: str | Path, *, graph_version: int | None = None) -> Bundle:
+def _remedy(name: str) -> str:
+    return "run guard calibrate" if name == CALIBRATION else "make the bundle again"
+
+
+def load(folder: str | Path, *, graph_version: int | None = None, recalibrating: bool = False) -> Bundle:
     """Read and check the bundle in `folder`.
 
-    With `graph_version`, a calibration made with another version of the gradient graph is refused.
+    With `graph_version`, a calibration made with another version of the gradient graph is refused. With
+    `recalibrating` the calibration is left out unread, whatever its state: it is about to be replaced.
     Raises `BundleError` naming the file and both digests where anything does not match.
     """
     path = Path(folder)
@@ -261,15 +266,19 @@ def load(folder: str | Path, *, graph_version: int | None = None) -> Bundle:
     if MODEL not in manifest.files:
         raise BundleError(f"{path / MANIFEST}: lists no {MODEL}; make the bundle again.")
     for name, expected in manifest.files.items():
+        if name == CALIBRATION and recalibrating:
+            continue
         file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
+        if "\0" in name or not file.resolve().is_relative_to(path.resolve()):
             raise BundleError(f"{path / MANIFEST}: lists {name!r}, which lies outside the bundle.")
         found = sha256(file) if file.is_file() else "missing"
         if found != expected:
             raise BundleError(
                 f"{file}: does not match the manifest: expected sha256 {expected}, found {found}. "
-                "Restore the file or make the bundle again."
+                f"Restore the file or {_remedy(name)}."
             )
+    if recalibrating:
+        return Bundle(path, manifest, None)
     if CALIBRATION not in manifest.files:
         if (path / CALIBRATION).exists():
             raise BundleError(
@@ -295,8 +304,13 @@ def check_target(out: Path) -> None:
     """Raises `BundleError` where a new bundle would overwrite something that is none."""
     if out.exists() and not out.is_dir():
         raise BundleError(f"{out}: is a file; expected a folder for the bundle. Choose a new folder.")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise BundleError(f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder.")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            _parse(Manifest, out / MANIFEST)  # many other programs have a manifest.json
+        except BundleError as error:
+            raise BundleError(
+                f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder."
+            ) from error
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

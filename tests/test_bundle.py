@@ -122,6 +122,31 @@ def test_a_calibration_the_manifest_does_not_know_is_refused(folder: Path) -> No
         bundle.load(folder)
 
 
+def test_a_calibration_that_is_to_be_replaced_may_be_in_any_state(folder: Path) -> None:
+    good = (folder / CALIBRATION).read_bytes()
+    listed = json.loads((folder / MANIFEST).read_text())
+    for content in (b"{}", None):  # of another version, missing
+        (folder / CALIBRATION).unlink(missing_ok=True)
+        if content is not None:
+            (folder / CALIBRATION).write_bytes(content)
+        with pytest.raises(BundleError, match="run guard calibrate"):
+            bundle.load(folder)
+        assert bundle.load(folder, recalibrating=True).calibration is None
+    (folder / CALIBRATION).write_bytes(good)
+    del listed["files"][CALIBRATION]
+    (folder / MANIFEST).write_text(json.dumps(listed))
+    assert bundle.load(folder, recalibrating=True).calibration is None
+    (folder / MODEL).write_bytes(b"another model")
+    with pytest.raises(BundleError, match="does not match the manifest"):
+        bundle.load(folder, recalibrating=True)
+
+
+def test_a_file_of_the_manifests_name_further_down_is_listed(folder: Path) -> None:
+    (folder / "samples" / MANIFEST).write_text("{}")
+    reseal(folder)
+    assert f"samples/{MANIFEST}" in bundle.load(folder).manifest.files
+
+
 def test_an_uncalibrated_bundle_loads_and_says_what_to_do(folder: Path) -> None:
     (folder / CALIBRATION).unlink()
     reseal(folder)
@@ -146,9 +171,10 @@ def test_a_manifest_that_makes_no_sense_is_refused(folder: Path, change: Any, me
         bundle.load(folder)
 
 
-def test_a_manifest_cannot_reach_outside_its_folder(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "samples/../../outside", "a\0b"])
+def test_a_manifest_cannot_reach_outside_its_folder(folder: Path, name: str) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = {"../outside": "0", **manifest["files"]}
+    manifest["files"] = {name: "0", **manifest["files"]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="outside the bundle"):
         bundle.load(folder)
@@ -178,7 +204,10 @@ def test_a_new_bundle_overwrites_only_bundles(folder: Path, tmp_path: Path) -> N
     bundle.check_target(tmp_path / "new")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("work of years")
-    with pytest.raises(BundleError, match="is no bundle"):
-        bundle.check_target(tmp_path / "other")
+    for content in (None, '{"manifest_version": 3, "name": "a browser extension"}'):
+        if content is not None:
+            (tmp_path / "other" / MANIFEST).write_text(content)
+        with pytest.raises(BundleError, match="is no bundle"):
+            bundle.check_target(tmp_path / "other")
     with pytest.raises(BundleError, match="is a file"):
         bundle.check_target(tmp_path / "other" / "thesis.tex")
