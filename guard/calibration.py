@@ -40,7 +40,7 @@ from guard.card import with_calibration
 from guard.certificate import OmegaTable, first_order_radius, l_bound, omega_radius
 from guard.data import Dataset
 from guard.decision import ratio
-from guard.errors import CalibrationError, DataError
+from guard.errors import BundleError, CalibrationError, DataError
 from guard.extremes import Extreme
 from guard.files import atomic_folder, provenance, write_bytes, write_text
 from guard.fitting import Effort, FittedOmega
@@ -109,7 +109,7 @@ def calibrate(
     model, `CalibrationError` where they are too few or the model's numbers are unusable, `BundleError` for
     the bundle.
     """
-    found = bundle.load(folder)
+    found = bundle.load(folder, recalibrating=True)  # whatever its old one is, it is replaced
     _check(dataset, found, settings)
     detector = Detector(found.model, score=settings.score, provider=provider, threads=threads)
     run = _Run(found, dataset, settings, effort, detector)
@@ -546,7 +546,9 @@ class _Run:
         return stages.run(name, indices, piece, cost=self._nearest())
 
     def _conformal_scale(self, stages: Stages, norm: Norm, measured: Measurement) -> ConformalScale | None:
-        """The finite-sample scale of the first-order radius; None where there are too few accepted images."""
+        """The finite-sample scale of the first-order radius; None where there are too few accepted images, or
+        only the scale 0 would keep the promise.
+        """
         radius = first_order_radius(measured.margin, _slope(measured, norm))
         accepted = np.flatnonzero(~self._rejects(measured) & np.isfinite(radius) & (radius > 0))
         accepted = accepted[: self.effort.distance_images]
@@ -558,7 +560,7 @@ class _Run:
         indices = self.folds["conformal"][accepted]
         distance = self._distances(stages, f"conformal-{norm}", norm, indices)["distance"]
         kappa = float(np.sort(distance / radius[accepted])[rank - 1])
-        if not math.isfinite(kappa):
+        if not 0 < kappa < math.inf:
             return None
         return ConformalScale(
             alpha=self.settings.alpha, kappa=kappa, n=len(accepted), suite=list(SUITE[norm])
@@ -631,6 +633,8 @@ def _omega_record(table: OmegaTable) -> OmegaRecord:
 
 def _write(found: Bundle, calibration: Calibration) -> None:
     """Swaps the bundle for one with this calibration; a crash leaves the old one whole."""
+    if bundle.load(found.path, recalibrating=True).manifest.files[MODEL] != found.manifest.files[MODEL]:
+        raise BundleError(f"{found.path}: its model was replaced during the calibration. Calibrate again.")
     with atomic_folder(found.path, keep=True) as folder:
         write_bytes(folder / CALIBRATION, bundle.dump(calibration))
         card = folder / CARD

@@ -16,7 +16,7 @@ from guard.cli import main
 from guard.data import Dataset
 from guard.decision import Guard
 from guard.errors import BundleError, CalibrationError, DataError
-from guard.files import write_bytes
+from guard.files import provenance, write_bytes
 from guard.fitting import Effort
 from guard.runtime import Detector
 from guard.settings import Policy
@@ -292,6 +292,48 @@ def test_a_changed_model_is_refused(network: onnx.ModelProto, noise: Dataset, tm
         calibrate(folder, noise, effort=QUICK, silent=True)
 
 
+def test_a_calibration_that_does_not_belong_is_replaced(
+    calibrated: tuple[Path, bundle.Calibration], network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    folder = make_bundle(tmp_path / "net", networks.convolutional(seed=9, classes=5, scale=20.0))
+    write_bytes(folder / CALIBRATION, (calibrated[0] / CALIBRATION).read_bytes())
+    with pytest.raises(BundleError, match="Run guard calibrate"):
+        bundle.load(folder)
+    made = calibrate(folder, noise, effort=QUICK, silent=True)
+    assert bundle.load(folder).calibration == made
+
+
+def test_a_model_replaced_meanwhile_keeps_its_bundle(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    other = make_bundle(tmp_path / "other", networks.convolutional(seed=9, classes=5))
+    whole = {path.name: path.read_bytes() for path in other.iterdir()}
+
+    def replace_model(*values: Any, **more: Any) -> Any:
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        return provenance(*values, **more)
+
+    monkeypatch.setattr("guard.calibration.provenance", replace_model)  # the last step before writing
+    with pytest.raises(BundleError, match="was replaced during the calibration"):
+        calibrate(folder, noise, effort=QUICK, silent=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_no_conformal_radius_of_scale_0(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(model: Any, images: Any, labels: Any, **_: Any) -> attacks.Found:
+        return attacks.Found(images, np.ones(len(images), bool), np.zeros(len(images)))
+
+    monkeypatch.setattr(attacks, "minimum_norm", at_once)
+    folder = make_bundle(tmp_path / "net", network)
+    made = calibrate(folder, noise, Settings(alpha=0.1), QUICK, silent=True)
+    assert made.l2.conformal is None
+    assert made.l2.violations.value == 1
+
+
 def test_card_names_the_command(calibrated: tuple[Path, bundle.Calibration]) -> None:
     assert "guard calibrate --fpr 0.05 --val noise" in (calibrated[0] / CARD).read_text()
 
@@ -326,7 +368,10 @@ def test_command_line(
     assert (
         main(["calibrate", str(folder), "--val", str(archive), "--effort", "0.05", "--score", "radius"]) == 0
     )
-    assert "radius threshold" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "radius threshold" in out
+    # The temporary folder's own path may be longer than a screen is wide.
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
     assert main(["calibrate", str(folder), "--val", str(tmp_path / "absent.npz")]) == 1
     assert "no such file" in capsys.readouterr().err
     assert main(["calibrate", str(folder), "--val", str(archive), "--fpr", "5"]) == 2

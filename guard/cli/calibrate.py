@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.fitting import Effort
 
     folder = chosen_bundle(arguments)
-    manifest = bundle.load(folder).manifest
+    manifest = bundle.load(folder, recalibrating=True).manifest
     shape, uploads = manifest.input, manifest.preprocessing
     decode = partial(
         images.decode,
@@ -161,8 +161,10 @@ def _text(folder: Path, calibration: "Calibration") -> str:
 def _radii_line(norm: str, radii: "RadiusCalibration") -> str:
     inside = radii.violations
     return (
-        f"  {norm:4s} radius {radii.mean_radius:.4f}, nearest attack {radii.mean_distance:.4f} on average; "
-        f"attacked inside: {inside.count} of {inside.n} (at most {inside.upper:.2%})"
+        f"  {norm:4s} radius {radii.mean_radius:.4f} on average (an estimate), nearest attack found "
+        f"{radii.mean_distance:.4f}\n"
+        f"       attacked inside: {inside.count} of {inside.n} (at most {inside.upper:.2%} with "
+        f"{inside.level:.0%} confidence)"
     )
 
 
