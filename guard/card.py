@@ -35,7 +35,7 @@ def calibration_section(calibration: Calibration) -> str:
     promise = (
         "on average over calibration sets"
         if calibration.delta is None
-        else f"with probability {1 - calibration.delta:.0%} over calibration sets"
+        else f"with probability {percent(1 - calibration.delta)} over calibration sets"
     )
     data = calibration.data
     lines = [
@@ -51,7 +51,7 @@ def calibration_section(calibration: Calibration) -> str:
         "|---|---|",
         f"| score | {calibration.score} |",
         f"| threshold | {calibration.threshold:.6g}, from {calibration.n} images |",
-        f"| promised false positive rate | at most {calibration.fpr:.1%}, {promise} |",
+        f"| promised false positive rate | at most {percent(calibration.fpr)}, {promise} |",
         (
             f"| predicted on the report fold ({predicted.level:.0%}) "
             f"| {predicted.lower:.1%} to {predicted.upper:.1%} |"
@@ -75,6 +75,11 @@ def calibration_section(calibration: Calibration) -> str:
     lines += ["", "| radii, accepted images, pixels in [0, 1] | l2 | linf |", "|---|---|---|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     return "\n".join(lines) + "\n"
+
+
+def percent(promised: float) -> str:
+    """A promised share with all its digits: rounded, it would promise something else."""
+    return f"{100 * promised:.10g}%"
 
 
 def _share(share: Share) -> str:

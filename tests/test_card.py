@@ -44,7 +44,7 @@ def test_the_section_says_what_was_measured_and_how() -> None:
     assert card.startswith(HEADING)
     for words in (
         "    guard calibrate 'models/a b' --fpr 0.05 --val cifar10\n",
-        "| promised false positive rate | at most 5.0%, on average over calibration sets |",
+        "| promised false positive rate | at most 5%, on average over calibration sets |",
         "| predicted on the report fold (95%) | 2.0% to 10.0% |",
         "| realized | 9.00% (9 of 100; 95% interval 4.00% to 16.00%) |",
         "| accuracy | 91.00%",
@@ -54,6 +54,8 @@ def test_the_section_says_what_was_measured_and_how() -> None:
     ):
         assert words in card
     assert "with probability 95%" in with_calibration("", record(guarantee="pac", delta=0.05))
+    strict = with_calibration("", record(guarantee="pac", delta=0.001, fpr=0.0125))
+    assert "at most 1.25%, with probability 99.9% over" in strict
     assert "accuracy" not in with_calibration("", record())
 
 

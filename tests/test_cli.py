@@ -162,6 +162,12 @@ def test_info_is_one_screen(bundle: Path, capsys: Captured) -> None:
     assert record["manifest"]["class_names"] == ["cat", "dog", "ship"]
 
 
+def test_info_does_not_round_what_is_promised(tmp_path: Path, capsys: Captured) -> None:
+    strict = write_bundle(tmp_path / "strict", fpr=0.0004, guarantee="pac", delta=0.001)
+    assert main(["info", str(strict)]) == 0
+    assert "at most 0.04% (pac, with probability 99.9%)" in capsys.readouterr().out
+
+
 def test_info_refuses_what_was_changed(tmp_path: Path, capsys: Captured) -> None:
     broken = write_bundle(tmp_path / "broken")
     with (broken / "model.onnx").open("ab") as file:

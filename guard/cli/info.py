@@ -95,17 +95,19 @@ def _made(provenance: dict[str, Any]) -> str:
 
 
 def _detection(calibration: "Calibration") -> list[tuple[str, str]]:
+    from guard.card import percent
+
     promised, realized = calibration.predicted_fpr, calibration.realized_fpr
     name = calibration.data.get("name", "held-out images")
     guarantee: str = calibration.guarantee
     if calibration.delta is not None:
-        guarantee += f", with probability {1 - calibration.delta:g}"
+        guarantee += f", with probability {percent(1 - calibration.delta)}"
     facts = [
         (
             "accepts",
             f"{calibration.score} <= {calibration.threshold:.4g}, set on {calibration.n} images of {name}",
         ),
-        ("rejects clean", f"at most {calibration.fpr:.1%} ({guarantee})"),
+        ("rejects clean", f"at most {percent(calibration.fpr)} ({guarantee})"),
         (
             "  measured",
             f"{realized.value:.2%} of {realized.n} (predicted {promised.lower:.2%} to {promised.upper:.2%})",
