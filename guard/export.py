@@ -1,6 +1,7 @@
 """From a training run to a bundle: the network as ONNX, compared with torch before it is written."""
 
 import logging
+import shlex
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -167,7 +168,7 @@ def card(
         ("network", f"{settings['architecture']}, {len(data['class_names'])} classes"),
         ("input", f"{shape} pixels in [0, 1], normalization inside"),
         ("trained on", f"{data['name']} (sha256 `{data['digest']}`)"),
-        ("held out", f"the last {settings['held_out']} training images"),
+        ("held out", f"{settings['held_out']} training images"),
         ("regularizer", f"`{' '.join(settings['regularizers'])}`"),
         ("epochs", f"{len(epochs)} of {settings['epochs']}, batch size {settings['batch_size']}"),
         ("seed", str(settings["seed"])),
@@ -203,17 +204,25 @@ def train_command(config: Mapping[str, Any]) -> str:
     """The `guard train` command line that makes a run's weights."""
     settings, data = config["settings"], config["data"]
     flags = {
-        "dataset": data["name"],
-        "arch": settings["architecture"],
-        "regularizer": " ".join(settings["regularizers"]),
-        "epochs": settings["epochs"],
-        "batch-size": settings["batch_size"],
-        "learning-rate": settings["learning_rate"],
-        "precision": settings["precision"],
-        "held-out": settings["held_out"],
-        "seed": settings["seed"],
+        "dataset": [data["name"]],
+        "arch": [settings["architecture"]],
+        "regularizer": settings["regularizers"],
+        "epochs": [settings["epochs"]],
+        "batch-size": [settings["batch_size"]],
+        "learning-rate": [settings["learning_rate"]],
+        "schedule": [settings["schedule"]],
+        "warmup": [settings["warmup"]],
+        "momentum": [settings["momentum"]],
+        "weight-decay": [settings["weight_decay"]],
+        "crop": [settings["padding"]],
+        "mirror" if settings["mirror"] else "no-mirror": [],
+        "cutout": [settings["cutout"]],
+        "precision": [settings["precision"]],
+        "held-out": [settings["held_out"]],
+        "seed": [settings["seed"]],
     }
-    return "guard train " + " ".join(f"--{flag} {value}" for flag, value in flags.items())
+    words = [word for flag, values in flags.items() for word in (f"--{flag}", *map(str, values))]
+    return shlex.join(["guard", "train", *words])
 
 
 def _widths(model: nn.Module) -> set[int]:

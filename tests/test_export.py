@@ -1,6 +1,8 @@
 """From a run to a bundle: the ONNX model says what torch says."""
 
+import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 
 from guard import bundle
 from guard.cli import main
+from guard.cli.train import add_parser
 from guard.errors import BundleError, ModelError, TrainingError
-from guard.export import compare, export, to_onnx
+from guard.export import compare, export, to_onnx, train_command
 from guard.files import sha256
 from guard.training import architectures, checkpoint
 from guard.training.architectures import CompactResNet, PreActResNet18
-from guard.training.loop import read_metrics
+from guard.training.loop import read_config, read_metrics
 
 
 class Small(CompactResNet):
@@ -123,9 +126,28 @@ class TestBundle:
             "# colours",
             f"guard train --dataset {data.stem} --arch small --regularizer tulip:eps=0.05,weight=0.01",
             f"{tested['test_accuracy']:.2%} of 20 clean images",
-            "the last 10 training images",
+            "| held out | 10 training images |",
         ):
             assert part in card
+
+    def test_the_card_names_the_command_that_makes_the_weights(self, run: Path) -> None:
+        config = read_config(run)
+        settings = {"schedule": "cosine", "mirror": False, "padding": 0, "momentum": 0.5}
+        config["settings"] |= settings
+        config["data"]["name"] = "my photos"
+        words = shlex.split(train_command(config))
+        assert words[:2] == ["guard", "train"]
+        parser = argparse.ArgumentParser()
+        add_parser(parser.add_subparsers())
+        given = parser.parse_args([*words[1:], "--out", "x"])
+        assert given.dataset == "my photos"
+        assert (given.schedule, given.mirror, given.crop, given.momentum) == ("cosine", False, 0, 0.5)
+        assert given.regularizer == ["tulip:eps=0.05,weight=0.01"]
+        # Every setting has its flag.
+        flags = {"architecture": "arch", "regularizers": "regularizer", "padding": "crop"}
+        for name, value in config["settings"].items():
+            found = vars(given)[flags.get(name, name)]
+            assert found == value, name
 
     def test_takes_no_other_folder(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
