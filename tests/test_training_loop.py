@@ -188,6 +188,20 @@ class TestResume:
         with pytest.raises(TrainingError, match="belongs to another network"):
             train(dataset(), TINY, uninterrupted, resume=True)
 
+    def test_of_damaged_metrics_is_refused(self, uninterrupted: Path) -> None:
+        (uninterrupted / "metrics.jsonl").write_text('{"epoch": 1\n')
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged"):
+            train(dataset(), TINY, uninterrupted, resume=True)
+
+    def test_a_checkpoint_that_was_left_behind_is_taken_on_request_only(
+        self, uninterrupted: Path, whole: Path
+    ) -> None:
+        (uninterrupted / "config.json").unlink()
+        train(dataset(), replace(TINY, epochs=1, seed=7), uninterrupted)
+        found = checkpoint.load(uninterrupted / "checkpoint.pt")
+        assert found.epoch == 1
+        assert not torch.equal(found.model["classifier.weight"], weights(whole)["classifier.weight"])
+
     def test_of_a_damaged_config_is_refused(self, uninterrupted: Path) -> None:
         (uninterrupted / "config.json").write_text('{"settings": 1}')
         with pytest.raises(TrainingError, match=r"config\.json: is damaged"):
@@ -315,6 +329,20 @@ class TestBatches:
             assert max(numbers) < 60
             orders.append(numbers)
         assert orders[0] != orders[1]
+
+    def test_images_sorted_by_class_lose_no_class_to_those_held_out(self) -> None:
+        data = dataset()
+        assert data.labels is not None
+        order = np.argsort(data.labels, kind="stable")
+        folder = replace(data, images=data.images[order], labels=data.labels[order])
+        first, second = (Batches(folder, replace(TINY, held_out=20), "cpu") for _ in range(2))
+        for part in (first.labels, first.held_out[1]):
+            assert set(part.tolist()) == {0, 1, 2}
+        assert torch.equal(first.held_out[0], second.held_out[0])
+        bright = first.images.float().mean((1, 2)).argmax(1)
+        assert torch.equal(bright, first.labels)
+        unsorted = Batches(data, replace(TINY, held_out=20), "cpu")
+        assert np.array_equal(unsorted.held_out[1].numpy(), data.labels[-20:])
 
     def test_a_batch_is_a_function_of_its_place(self) -> None:
         first, second = (Batches(dataset(), TINY, "cpu") for _ in range(2))

@@ -74,7 +74,8 @@ guard export runs/tulip --out models/tulip""",
         "--held-out",
         type=int,
         metavar="N",
-        help="last training images kept for the log's accuracy (default: 1000, at most a tenth)",
+        help="last training images (random ones if sorted by class) kept for the log's accuracy "
+        "(default: 1000, at most a tenth)",
     )
     course.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 

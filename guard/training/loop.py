@@ -41,8 +41,8 @@ class Settings:
     `regularizers` are written as on the command line; `learning_rate` is the peak, reached after the share
     `warmup` of training; `weight_decay` is for weights of more than one axis; `padding` is the furthest shift
     of a crop and `cutout` the side of the painted square, in pixels; `held_out` is how many of the last
-    training images are kept for the log's accuracy; `precision` is what convolutions and products are
-    computed in.
+    training images are kept for the log's accuracy (random ones, by the seed, where images come sorted by
+    class); `precision` is what convolutions and products are computed in.
     """
 
     architecture: str = "compact-resnet"
@@ -135,7 +135,7 @@ def train(
         ).to(device)
         model.to(memory_format=torch.channels_last)
         run = Run(model, bound, batches, settings, out / checkpoint.CHECKPOINT)
-        if run.path.exists():
+        if resume and run.path.exists():
             run.restore(checkpoint.load(run.path))
         metrics = read_metrics(out)[: run.epoch]
         done = run.epoch * batches.steps + run.step
@@ -157,6 +157,10 @@ class Batches:
 
     def __init__(self, dataset: Dataset, settings: Settings, device: str) -> None:
         images, labels = checked(dataset)
+        if (np.diff(labels) >= 0).all():
+            # Sorted by class, as folders are: the last images would all be of the last classes.
+            order = np.random.default_rng(settings.seed).permutation(len(labels))
+            images, labels = images[order], labels[order]
         kept = len(images) - settings.held_out
         if kept < 2:
             raise UsageError(
@@ -471,9 +475,15 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[Metrics]:
-    """The lines of a run's `metrics.jsonl`: one per epoch, then that of the test split."""
+    """The lines of a run's `metrics.jsonl`: one per epoch, then that of the test split.
+
+    Raises `TrainingError` where it is damaged.
+    """
     path = run / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise TrainingError(f"{path}: is damaged. Delete it to go on; the weights do not need it.") from error
 
 
 def _write_metrics(out: Path, metrics: Sequence[Metrics]) -> None:
