@@ -149,7 +149,8 @@ class Detector:
 
         With `threshold` t and `row_bound` G (an estimate of max_i ||u_i||, fitted at calibration), rows
         beyond the first two are computed where p_i G > t could still reject an image; without, two rows
-        stand (all of them with `jacobian-full`).
+        stand (all of them with `jacobian-full`). An image with a pixel that is NaN or infinite measures NaN
+        throughout.
         """
         chunks = self._chunks(images)
         return Measurement.concatenate([self._measure(chunk, threshold, row_bound) for chunk in chunks])
@@ -196,12 +197,16 @@ class Detector:
         session = self._guarded()
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(names, {guarded.IMAGES: images}), strict=True))
+        # Max pooling passes NaN by, so that what follows would look sound.
+        broken = ~np.isfinite(images).all(axis=(1, 2, 3))
+        for values in found.values():
+            values[broken] = np.nan
         missing = np.full(len(images), np.nan, np.float32)
-        values = {f.name: found.get(f.name, missing) for f in fields(Measurement) if f.name != "rows"}
+        known = {f.name: found.get(f.name, missing) for f in fields(Measurement) if f.name != "rows"}
         one_row, unrolled = self.score == "margin-gradient", self.num_classes <= guarded.UNROLLED_CLASSES
         every_row = self.score == "jacobian-full" and not unrolled
         rows = 1 if one_row else self.num_classes if self.score == "jacobian-full" and unrolled else 2
-        measured = Measurement(**values, rows=np.full(len(images), rows, np.int64))
+        measured = Measurement(**known, rows=np.full(len(images), rows, np.int64))
         if every_row:
             return self._with_rows(images, measured, np.ones_like(measured.logits, bool))
         if one_row or threshold is None or row_bound is None:
@@ -211,7 +216,8 @@ class Detector:
         return self._with_rows(images, measured, reachable & undecided[:, None])
 
     def _with_rows(self, images: Float32, measured: Measurement, wanted: NDArray[np.bool_]) -> Measurement:
-        known = np.argpartition(-measured.logits, 1, axis=1)[:, :2]
+        # the graph's own two: of equal logits, the first
+        known = np.argsort(-measured.logits, axis=1, kind="stable")[:, :2]
         np.put_along_axis(wanted, known, values=False, axis=1)
         image, row = np.nonzero(wanted)
         if not len(image):

@@ -62,6 +62,19 @@ def test_all_rows_of_many_classes_are_computed_in_turn() -> None:
     np.testing.assert_allclose(full.jacobian, np.max(lengths, axis=0), rtol=1e-4)
 
 
+def test_no_row_is_forgotten_where_logits_tie() -> None:
+    logits = np.array([1, 2, 0, 1, 1, 0, 2, 2, 1, 2], np.float32)
+    x = np.full((1, 1, 2, 2), 0.5, np.float32)
+    for longest in np.flatnonzero(logits == 2):
+        weight = np.zeros((len(logits), 4), np.float32)
+        weight[longest] = 3, -3, 3, -3  # orthogonal to the image, whose logits are the bias
+        detector = Detector(linear(weight, logits), provider="cpu", threads=1)
+        length = float(detector.row_norms(x, detector.measure(x).probabilities, np.array([longest]))[0])
+        found = detector.measure(x, threshold=1e3, row_bound=1e9)
+        assert found.jacobian[0] == pytest.approx(length, rel=1e-5)
+        assert found.rows[0] == len(logits)
+
+
 def test_one_row_leaves_out_what_it_does_not_compute(network: onnx.ModelProto, detector: Detector) -> None:
     one = Detector(network, score="margin-gradient", threads=1).measure(images(3))
     two = detector.measure(images(3))
@@ -90,6 +103,24 @@ def test_radius_score_is_the_inverse_distance_of_a_linear_model() -> None:
 def test_scores_of_nan_images_are_nan(detector: Detector, name: Score) -> None:
     score = score_of(detector.measure(np.full((1, 3, 8, 8), np.nan, np.float32)), name)
     assert not (score <= 1e300).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_max_pooling_does_not_hide_a_broken_pixel(value: float) -> None:
+    nodes = [
+        helper.make_node("LeakyRelu", ["images"], ["rectified"]),
+        helper.make_node("MaxPool", ["rectified"], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["pooled"], ["logits"]),
+    ]
+    d = Detector(model(nodes, {}, (3, 4, 4), 12), provider="cpu", threads=1)
+    x = images(3, (3, 4, 4))
+    whole = d.measure(x)
+    x[1, 2, 3, 0] = value
+    found = d.measure(x, threshold=1e3, row_bound=1e9)
+    for name in ("logits", "probabilities", "margin", "gradient_l2", "gradient_l1", "jacobian"):
+        assert np.isnan(getattr(found, name)[1]).all(), name
+        assert np.isfinite(getattr(found, name)[::2]).all(), name
+    np.testing.assert_allclose(found.gradient_l2[::2], whole.gradient_l2[::2], rtol=1e-6)
 
 
 def test_a_tie_has_an_infinite_radius_score() -> None:
