@@ -20,6 +20,7 @@ MAX = [
     pool("MaxPool", (9, 9), (3, 3), dilations=[2, 2]),
     pool("MaxPool", (6, 7), (3, 2), strides=[2, 1], pads=[0, 1, 2, 0]),
     pool("MaxPool", (7, 7), (3, 3), strides=[2, 2], auto_pad="SAME_UPPER"),
+    pool("MaxPool", (6, 7), (3, 3), strides=[2, 2], storage_order=1),
     pool("MaxPool", (9,), (3,), strides=[2]),
     pool("MaxPool", (4, 4, 4), (2, 2, 2), strides=[2, 2, 2]),
 ]
@@ -100,3 +101,12 @@ def test_ties_share_evenly(op: str) -> None:
     x = np.array([1, 3, 3, 2], np.float32).reshape(1, 1, 2, 2)
     _, gradient = served.run(None, {"x0": x, "cotangent": np.ones((1, 1, 1, 1), np.float32)})
     np.testing.assert_array_equal(gradient.reshape(-1), [0, 0.5, 0.5, 0])
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_norm_of_a_dead_channel_has_gradient_zero(order: int) -> None:
+    case = Case("GlobalLpPool", [(2, 1, 2)], attributes={"p": order})
+    served = session(gradient_model(model_of(case)))
+    x = np.array([0, 0, 3, 0], np.float32).reshape(1, 2, 1, 2)
+    _, gradient = served.run(None, {"x0": x, "cotangent": np.ones((1, 2, 1, 1), np.float32)})
+    np.testing.assert_allclose(gradient.reshape(-1), [0, 0, 1, 0], atol=1e-6)

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
-from guard.graph import Array, Graph, attributes
+from guard.graph import Array, Graph, Tensor, attributes
 from guard.operators.broadcast import reshape_to
 from guard.operators.convolution import Window, spread_evenly, window
 from guard.operators.linear import along_axis
@@ -35,12 +35,13 @@ def global_max_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
 
 @data_rule("GlobalLpPool")
 def global_lp_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
-    """With y = ||x||_p: sign(x) |x / y|^(p-1)."""
+    """With y = ||x||_p: sign(x) |x / y|^(p-1), and 0 where y is 0."""
     x, y = graph.tensor(node.input[0]), graph.tensor(node.output[0])
     order = attributes(node).get("p", 2)
 
     def slope() -> str:
-        ratio = x / y
+        one = Tensor(graph, graph.scalar(1.0, y.name))
+        ratio = x / y.equals(0.0).where(one, y)
         return (ratio if order == 2 else x.apply("Sign") * ratio.apply("Abs") ** (order - 1.0)).name
 
     return graph.op("Mul", cotangent, graph.once(("slope", y.name), slope))
@@ -50,11 +51,15 @@ def global_lp_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
 def max_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """Each cotangent goes to the first pixel of its window with the maximum; overlapping windows add."""
     x = node.input[0]
-    # positions in the flattened input, batch and channels included
-    indices = graph.once(
-        ("argmax", node.output[0]),
-        lambda: graph.op("Reshape", graph.extra_output(node, 1), graph.constant([-1])),
-    )
+
+    def argmax() -> str:
+        # positions in the flattened input, batch and channels included, unless counted by columns
+        given = attributes(node)
+        by_columns = given.pop("storage_order", 0)
+        found = graph.op("MaxPool", x, outputs=2, **given)[1] if by_columns else graph.extra_output(node, 1)
+        return graph.op("Reshape", found, graph.constant([-1]))
+
+    indices = graph.once(("argmax", node.output[0]), argmax)
 
     def zeros() -> str:
         flat = graph.op("Reshape", x, graph.constant([-1]))
