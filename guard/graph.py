@@ -572,6 +572,8 @@ class Tensor:
 
     def sum(self, axes: Sequence[int]) -> Tensor:
         """The sum over `axes`, which stay with size 1."""
+        if not axes:
+            return self
         return self.apply("ReduceSum", self.graph.constant(list(axes)), keepdims=1)
 
     def mean(self, axes: Sequence[int], count: int) -> Tensor:

@@ -28,19 +28,24 @@ Slope = Callable[[Reduction], Tensor]
 
 
 def reduced_axes(graph: Graph, node: NodeProto) -> list[int]:
-    """The axes a node reduces over; none named means all, or with `noop_with_empty_axes` none."""
-    rank = graph.rank(node.input[0])
-    axes = axes_of(graph, node, rank)
+    """The axes a node reduces over; none named means all, or with `noop_with_empty_axes` none.
+
+    Raises `ModelError` where one of them depends on the batch.
+    """
+    shape = graph.shape(node.input[0])
+    axes = axes_of(graph, node, len(shape))
     if not axes:
-        axes = [] if attributes(node).get("noop_with_empty_axes", 0) else list(range(rank))
+        axes = [] if attributes(node).get("noop_with_empty_axes", 0) else list(range(len(shape)))
+    if any(shape[axis] is None for axis in axes):
+        raise ModelError(f"{describe(node)} reduces over the batch; images must not influence each other.")
     return axes
 
 
 def kept(graph: Graph, node: NodeProto, name: str) -> str:
     """A tensor shaped like the node's output, with the reduced axes back as ones."""
+    axes = reduced_axes(graph, node)
     if attributes(node).get("keepdims", 1):
         return name
-    axes = reduced_axes(graph, node)
     shape = graph.shape(node.input[0])
     return reshape_to(graph, name, tuple(1 if i in axes else d for i, d in enumerate(shape)))
 
@@ -55,8 +60,6 @@ def reduce_sum(graph: Graph, node: NodeProto, cotangent: str) -> str:
 def reduce_mean(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """The cotangent over the number of elements, repeated along the reduced axes."""
     dims = [graph.shape(node.input[0])[axis] for axis in reduced_axes(graph, node)]
-    if any(d is None for d in dims):
-        raise ModelError(f"{describe(node)} averages over the batch; images must not influence each other.")
     if dims and reduced_axes(graph, node) == list(range(2, graph.rank(node.input[0]))):
         return spread_evenly(graph, kept(graph, node, cotangent), node.input[0])
     scaled = graph.tensor(cotangent) * (1 / prod(d or 1 for d in dims))
@@ -127,7 +130,9 @@ def reduce_prod(at: Reduction) -> Tensor:
     nonzero = zero.where(one, at.x)
     zeros = zero.like(at.x.name).sum(at.axes)
     graph = at.x.graph
-    if graph.opset < 18:
+    if not at.axes:
+        product = nonzero
+    elif graph.opset < 18:
         product = nonzero.apply("ReduceProd", axes=at.axes)
     else:
         product = nonzero.apply("ReduceProd", graph.constant(at.axes))
