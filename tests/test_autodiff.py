@@ -119,6 +119,38 @@ def test_integer_paths_are_cut() -> None:
     )
 
 
+def test_integers_carry_no_gradient_from_one_cast_to_the_next() -> None:
+    nodes = [
+        node("CastLike", "x one", "i"),
+        node("Cast", "i", "f", to=TensorProto.FLOAT),
+        node("TopK", "x one", "t places", axis=1),
+        node("Cast", "places", "p", to=TensorProto.FLOAT),
+        node("Sum", "x f t p", "y"),
+    ]
+    x = np.array([[1.4, 3.6, 2.0, 0.3]], np.float32)
+    found = gradient(model_of(nodes, {"one": np.array([1], np.int64)}), x, np.ones_like(x))
+    np.testing.assert_array_equal(found, [[1, 1 + 4, 1, 1]])
+
+
+def test_tensors_are_joined_in_front_of_the_batch_but_not_along_it() -> None:
+    turned = node("Transpose", "x", "t", perm=[1, 0])
+    nodes = [
+        node("Shape", "x", "s", start=0, end=1),
+        node("Concat", "three s", "shape", axis=0),
+        node("Expand", "w shape", "e"),
+        turned,
+        node("Concat", "t e t", "c", axis=0),
+        node("Transpose", "c", "y", perm=[1, 0]),
+    ]
+    weights = {"w": f32(3, 1), "three": np.array([3], np.int64)}
+    v = f32(3, 11, seed=1)
+    found = gradient(model_of(nodes, weights), f32(3, 4), v)
+    np.testing.assert_allclose(found, v[:, :4] + v[:, 7:], rtol=1e-6)
+    graph = Graph(model_of([turned, node("Concat", "t t", "y", axis=1)]))
+    with pytest.raises(ModelError, match=r"Concat .*along axis 1, which depends on the batch"):
+        pullback(graph, "y", "y", "x")
+
+
 def test_appended_nodes_are_differentiated_too() -> None:
     graph = Graph(model_of(LINEAR, {"w": f32(4, 3)}))
     loss = graph.op("ReduceSumSquare", "y", graph.constant([1]), keepdims=1)

@@ -216,11 +216,13 @@ def neg(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
     return [graph.op("Neg", only_first(node, cotangents))]
 
 
-@data_rule("Cast", "CastLike")
-def cast(graph: Graph, node: NodeProto, cotangent: str) -> str:
-    """The cotangent, cast back."""
+@rule("Cast", "CastLike")
+def cast(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
+    """The cotangent, cast back; none for integers and Booleans."""
     kind = graph.dtype(node.input[0])
-    return graph.op("Cast", cotangent, to=helper.np_dtype_to_tensor_dtype(kind))
+    if kind.kind in "biu":
+        return [None]
+    return [graph.op("Cast", only_first(node, cotangents), to=helper.np_dtype_to_tensor_dtype(kind))]
 
 
 @rule("Add", "Sum")

@@ -52,9 +52,12 @@ def concat(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
     cotangent = only_first(node, cotangents)
     rank = graph.rank(node.output[0])
     axis = axis_of(node, rank, 0)
-    sizes = [graph.static_shape(name, axis)[0] if graph.rank(name) > axis else 0 for name in node.input]
-    if len(sizes) == 1:
+    if len(node.input) == 1:
         return [cotangent]
+    dims = [graph.shape(name)[axis] for name in node.input]
+    sizes = [d for d in dims if d is not None]
+    if len(sizes) < len(dims):
+        raise ModelError(f"{describe(node)} joins tensors along axis {axis}, which depends on the batch.")
     wanted = [graph.needs(name) for name in node.input]
     if sum(wanted) > 1:
         pieces = graph.op("Split", cotangent, graph.constant(sizes), outputs=len(sizes), axis=axis)
