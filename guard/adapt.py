@@ -6,7 +6,7 @@ what it gives (probabilities). Each difference becomes a few nodes in front or b
 graph that keeps its results. `guard.wrap` decides by running the model and checks the outcome.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -302,7 +302,6 @@ def _joined(
     model: onnx.ModelProto, form: Form, outside: Outside, num_classes: int, *, log: bool
 ) -> onnx.ModelProto:
     """The model between the nodes that go before and after it, from `images` to `logits`."""
-    _rename(model.graph, {name: f"model/{name}" for name in {IMAGES, LOGITS, form.input, form.output}})
     nodes: list[NodeProto] = []
     constants: list[TensorProto] = []
 
@@ -310,7 +309,7 @@ def _joined(
         stem = f"guard/{operator}_{len(nodes)}"
         names = [f"{stem}_{position}" for position in range(len(values))]
         constants.extend(numpy_helper.from_array(v, n) for v, n in zip(values, names, strict=True))
-        nodes.append(helper.make_node(operator, [tensor, *names], [stem], name=stem, **attributes))
+        nodes.append(helper.make_node(operator, [tensor, *names], [stem], **attributes))
         return stem
 
     factor, offset = _affine(outside, form.shape[0])
@@ -323,7 +322,8 @@ def _joined(
         current = apply("Gather", current, np.array([2, 1, 0], np.int64), axis=1)
     if outside.layout == "nhwc":
         current = apply("Transpose", current, perm=[0, 2, 3, 1])
-    _rename(model.graph, {f"model/{form.input}": current})
+    # every name of the original, so that none meets those of guarded graphs or of an earlier wrapping
+    _rename(model.graph, lambda name: current if name == form.input else f"model/{name}")
     nodes.extend(model.graph.node)
     current = apply("Flatten", f"model/{form.output}", axis=1)
     if log:
@@ -342,15 +342,15 @@ def _joined(
     )
 
 
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Renames tensors throughout a graph and its subgraphs."""
+def _rename(graph: onnx.GraphProto, renamed: Callable[[str], str]) -> None:
+    """Renames all tensors of a graph and its subgraphs; an empty name stands for one left out."""
     for tensor in graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
+        tensor.name = renamed(tensor.name)
     for value in (*graph.input, *graph.output, *graph.value_info):
-        value.name = names.get(value.name, value.name)
+        value.name = renamed(value.name)
     for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [renamed(name) if name else "" for name in node.input]
+        node.output[:] = [renamed(name) if name else "" for name in node.output]
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
-                _rename(inner, names)
+                _rename(inner, renamed)

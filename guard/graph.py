@@ -90,6 +90,7 @@ class Graph:
         self._take(model.graph.node)
         self._names = {name for node in self._nodes for name in (*node.input, *node.output)}
         self._names |= {*self._initializers, *self.inputs}
+        self._node_names = {node.name for node in self._nodes}
         self._producers: dict[str, NodeProto] = {}
         self._counter = 0
         self._constants: dict[Hashable, str] = {}
@@ -310,7 +311,7 @@ class Graph:
         """
         renamed = dict(outputs) if isinstance(outputs, Mapping) else {name: name for name in outputs}
         identities = [
-            helper.make_node("Identity", [tensor], [name], name=name)
+            helper.make_node("Identity", [tensor], [name])
             for name, tensor in renamed.items()
             if name != tensor
         ]
@@ -360,6 +361,7 @@ class Graph:
             for value, name in zip(branch.output, node.output, strict=True):
                 self._take([helper.make_node("Identity", [value.name], [name])])
         self._names |= {name for node in self._nodes for name in (*node.input, *node.output)}
+        self._node_names |= {node.name for node in self._nodes}
         if any(node.op_type == "If" and node.output[0] not in conditions for node in self._nodes):
             self._take_constant_branches()
 
@@ -367,7 +369,7 @@ class Graph:
         while True:
             name = f"guard/{stem}_{self._counter}"
             self._counter += 1
-            if name not in self._names:
+            if name not in self._names and name not in self._node_names:
                 self._names.add(name)
                 return name
 

@@ -13,8 +13,10 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from guard import bundle as bundles
 from guard.adapt import SMALLEST_PROBABILITY, Outside
 from guard.errors import BundleError, DataError, ModelError, UnsupportedOperatorError, UsageError
+from guard.guarded import guarded_model, loss_model, vjp_model
 from guard.runtime import Detector
 from guard.wrap import preprocessing, read_classes, read_model, wrap, wrap_model
+from tests.networks import convolutional
 
 CLASSES = 4
 Array = NDArray[Any]
@@ -84,6 +86,13 @@ def network(
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+def guarded_names() -> list[str]:
+    """The inputs and outputs of everything that is built around a bundle's model."""
+    around = convolutional()
+    built = [guarded_model(around, "jacobian"), vjp_model(around), loss_model(around, "margin")]
+    return sorted({value.name for model in built for value in (*model.graph.input, *model.graph.output)})
 
 
 def images(count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> NDArray[np.float32]:
@@ -187,6 +196,33 @@ def test_any_names_of_tensors(names: tuple[str, str], mean: tuple[float, ...]) -
     np.testing.assert_allclose(
         run(wrapped.model, x), run(original, x - np.float32(sum(mean))), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("outside", [Outside(), Outside(mean=(0.5,), std=(0.5,))])
+def test_what_is_wrapped_can_be_wrapped_again(outside: Outside) -> None:
+    original = network(names=("images", "logits"))
+    again = original
+    x = images(2)
+    prepared = x
+    for _ in range(3):
+        again = wrap_model(again, outside).model
+        check_form(again)
+        prepared = (prepared - np.float32(sum(outside.mean))) / np.float32(sum(outside.std) or 1)
+    np.testing.assert_allclose(run(again, x), run(original, prepared), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*guarded_names(), "model/input", "model/output", "guard/Flatten_0"])
+def test_no_inner_name_meets_one_of_ours(name: str) -> None:
+    tail = [
+        helper.make_node("Neg", ["scores"], [name], name=name),
+        helper.make_node("Neg", [name], ["output"], name="guard/Softmax_0"),
+    ]
+    detector = Detector(wrap_model(network(tail=tail), Outside()).model, provider="cpu", threads=1)
+    x = images(2)
+    expected = run(network(), x)
+    np.testing.assert_allclose(detector.measure(x).logits, expected, rtol=1e-5)
+    assert detector.vjp(x, expected).shape == x.shape
+    np.testing.assert_allclose(detector.loss_gradient(x, np.zeros(2, np.int64))[0], expected, rtol=1e-5)
 
 
 SOFTMAX = [helper.make_node("Softmax", ["scores"], ["output"], axis=1)]
