@@ -246,6 +246,11 @@ class _Parser(MultiPartParser):
         self.spool_max_size = max_bytes + 1
         self.complete = False
 
+    def on_part_begin(self) -> None:
+        super().on_part_begin()
+        # Of all codecs that a client can name, some raise and some take hours.
+        self._charset = "utf-8"
+
     def on_end(self) -> None:
         self.complete = True
 

@@ -234,6 +234,23 @@ def test_a_part_without_a_type_is_recognized_by_its_content(client: Client) -> N
     assert client.form(part(CAT, kind="application/octet-stream", file="x.bin")).status_code == 200
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "idna", "iso-8859-1", "nothing"])
+def test_the_charset_of_a_form_changes_nothing(client: Client, charset: str) -> None:
+    media_type = f"multipart/form-data; charset={charset}; boundary={BOUNDARY}"
+    for name, status in (("image", 200), ("a..b", 422)):
+        content = f"--{BOUNDARY}\r\n".encode() + part(CAT, name) + f"\r\n--{BOUNDARY}--\r\n".encode()
+        assert client.classify(content, media_type).status_code == status
+
+
+def test_no_codec_of_the_clients_choice_holds_the_server_up(client: Client) -> None:
+    long = b"ba" * 90_000  # as punycode, several seconds
+    content = f"--{BOUNDARY}\r\n".encode() + part(long, file=None) + f"\r\n--{BOUNDARY}--\r\n".encode()
+    began = time.process_time()
+    response = client.classify(content, f"multipart/form-data; charset=punycode; boundary={BOUNDARY}")
+    assert (response.status_code, error_of(response)["code"]) == (422, "not_a_file")
+    assert time.process_time() - began < 1
+
+
 def test_a_compressed_body_is_refused(client: Client) -> None:
     headers = {"content-type": "image/png", "content-encoding": "gzip"}
     response = client.run("POST", "/classify", content=zlib.compress(CAT), headers=headers)
