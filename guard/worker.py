@@ -10,13 +10,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -121,7 +120,8 @@ class Worker:
         self.samples: dict[str, samples.Sample] = {}
         self._guard: Guard | None = None
         self._uploads = 0
-        self._decoders = anyio.CapacityLimiter(os.cpu_count() or 1)
+        # A pool of our own: its threads stay taken until a decoding ends, even when nobody waits any more.
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoding")
         self._batcher = Batcher(self._decide, max_batch=settings.max_batch)
         self._limits = images.Limits(bytes=settings.max_bytes, pixels=settings.max_pixels)
 
@@ -156,7 +156,8 @@ class Worker:
         log.info("ready", extra={"fields": ready.model_dump() | fields})
 
     def close(self) -> None:
-        """Lets the batch in hand end and takes no other."""
+        """Lets the batch and the decodings in hand end and takes no other."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         self._batcher.close()
 
     @property
@@ -227,13 +228,8 @@ class Worker:
         guard = self.guard
         try:
             async with asyncio.timeout(self.settings.timeout):
-                image = await anyio.to_thread.run_sync(
-                    self._decode,
-                    guard,
-                    upload.data,
-                    upload.declared,
-                    limiter=self._decoders,
-                    abandon_on_cancel=True,
+                image = await asyncio.get_running_loop().run_in_executor(
+                    self._decoders, self._decode, guard, upload.data, upload.declared
                 )
                 decision = await self._batcher.submit(image)
         except TimeoutError:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import struct
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guard import http
+from guard import http, images
 from guard.errors import UsageError
 from guard.http import Edge, RequestError
 from guard.routes import PATHS, Routes
@@ -506,6 +507,38 @@ def test_an_answer_that_takes_too_long_is_504_and_the_next_is_served(bundle: Pat
     guard.classify = decide  # type: ignore[method-assign]
     time.sleep(0.25)
     assert client.classify(CAT).status_code == 200
+
+
+def test_decodings_that_outlive_their_requests_keep_their_places(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    client = Client(loaded(bundle, timeout=0.2))
+    gate = threading.Event()
+    begun = []
+    decode = images.decode
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        begun.append(1)
+        gate.wait(10)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(images, "decode", held)
+
+    async def scenario() -> list[int]:
+        async with client.session() as session:
+            headers = {"content-type": "image/png"}
+            posts = [await session.post("/classify", content=CAT, headers=headers) for _ in range(5)]
+            gate.set()
+            await asyncio.sleep(0.2)
+            posts.append(await session.post("/classify", content=CAT, headers=headers))
+            return [response.status_code for response in posts]
+
+    try:
+        assert asyncio.run(scenario()) == [504] * 5 + [200]
+    finally:
+        gate.set()
+    assert len(begun) == 3
 
 
 def test_a_mistake_of_the_server_is_an_envelope_too(caplog: pytest.LogCaptureFixture) -> None:
