@@ -60,6 +60,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# From the depth of a PNG's samples, by Pillow's names of them, to 8 bits.
+_KEY_SCALES = {"L;2": 85, "L;4": 17, "I;16B": 2**-8, "RGB;16B": 2**-8}
+
 _NOT_ACCEPTED = (
     (b"GIF8", "a GIF"),
     (b"II*\0", "a TIFF"),
@@ -129,7 +132,9 @@ def decode(
             _check_size(*picture.size, limits)
             if format_ != "JPEG" and getattr(picture, "is_animated", False):
                 raise _animated()
+            stored = picture.tile[0].args if format_ == "PNG" else None
             picture.load()
+            _bring_key_to_8_bits(picture, stored)
             pixels = _fit(_flatten(_upright(picture), colour), height, width, resize, interpolation)
     except ImageError:
         raise
@@ -242,11 +247,21 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if transpose is None else picture.transpose(transpose)
 
 
+def _bring_key_to_8_bits(picture: Image.Image, stored: object) -> None:
+    """A PNG's transparent colour has the depth of its samples, and Pillow converts only the samples."""
+    scale = _KEY_SCALES.get(stored) if isinstance(stored, str) else None
+    key = picture.info.get("transparency")
+    if scale is not None and key is not None:
+        scaled = [int(scale * value) for value in (key if isinstance(key, tuple) else [key])]
+        picture.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
+
+
 def _flatten(picture: Image.Image, colour: Colour) -> Image.Image:
     """The picture as 8-bit RGB or grey, without transparency."""
     if picture.mode.startswith("I"):
         samples = np.clip(np.asarray(picture, dtype=np.int64), 0, 0xFFFF)
-        picture = Image.fromarray((samples >> 8).astype(np.uint8))
+        info, picture = picture.info, Image.fromarray((samples >> 8).astype(np.uint8))
+        picture.info = info
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.new("RGB", layer.size, "white")

@@ -171,6 +171,20 @@ def test_palette_with_a_transparent_colour() -> None:
     np.testing.assert_array_equal(decode(encoded(picture), SHAPE)[:, 0, 0], [1, 0, 0])
 
 
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_a_png_with_a_transparent_colour_of_any_depth(depth: int, colour: int) -> None:
+    values = [1, 0] if depth < 8 else [0x12, 0x34] if depth == 8 else [0x1234, 0x5678]
+    channels = 3 if colour == 2 else 1
+    bits = "".join(f"{value:0{depth}b}" * channels for value in values * 16)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    key = png_chunk(b"tRNS", struct.pack(">H", values[0]) * channels)
+    data = png_of(32, 32, row * 32, depth=depth, colour=colour)
+    opaque = decode(data, SHAPE)
+    image = decode(data[:33] + key + data[33:], SHAPE)
+    np.testing.assert_array_equal(image[:, :, 0::2], np.ones((3, 32, 16), np.float32))
+    np.testing.assert_array_equal(image[:, :, 1::2], opaque[:, :, 1::2])
+
+
 def test_cmyk_jpeg_has_the_right_polarity() -> None:
     data = encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG", quality=100)
     np.testing.assert_allclose(decode(data, SHAPE)[:, 16, 16], [1, 0, 0], atol=0.02)
