@@ -59,10 +59,10 @@ def reduce_sum(graph: Graph, node: NodeProto, cotangent: str) -> str:
 @data_rule("ReduceMean")
 def reduce_mean(graph: Graph, node: NodeProto, cotangent: str) -> str:
     """The cotangent over the number of elements, repeated along the reduced axes."""
-    dims = [graph.shape(node.input[0])[axis] for axis in reduced_axes(graph, node)]
-    if dims and reduced_axes(graph, node) == list(range(2, graph.rank(node.input[0]))):
+    shape, axes = graph.shape(node.input[0]), reduced_axes(graph, node)
+    if axes and axes == list(range(2, len(shape))):
         return spread_evenly(graph, kept(graph, node, cotangent), node.input[0])
-    scaled = graph.tensor(cotangent) * (1 / prod(d or 1 for d in dims))
+    scaled = graph.tensor(cotangent) * (1 / prod(shape[axis] or 1 for axis in axes))
     return expand_to(graph, kept(graph, node, scaled.name), node.input[0])
 
 
