@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,9 +162,11 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
             images = archive[x]
             labels = archive.get(y)
             names = archive.get("class_names")
+            names = None if names is None else names.ravel().astype(str)  # bytes become text
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # TypeError: the file is one bare array; RuntimeError: it is encrypted, or packed as numpy never does.
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: not a sound .npz file of plain arrays ({error}). Expected {FORMAT}."
         ) from error

@@ -117,6 +117,26 @@ class TestNpz:
         with pytest.raises(DataError, match=r"a\.npz: not a sound \.npz file"):
             load(tmp_path / "a.npz")
 
+    def test_other_files_by_that_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npz"
+        with path.open("wb") as file:
+            np.save(file, np.zeros((3, 4, 6, 3), np.uint8))
+        with pytest.raises(DataError, match=r"a\.npz: not a sound \.npz file"):
+            load(path)
+        np.savez_compressed(path, **arrays())  # type: ignore[arg-type]
+        packed = bytearray(path.read_bytes())
+        start = packed.index(b"x_test.npy") + len(b"x_test.npy")
+        packed[start + 30 : start + 60] = b"\xff" * 30  # the compressed stream makes no sense
+        path.write_bytes(packed)
+        with pytest.raises(DataError, match=r"a\.npz: not a sound \.npz file"):
+            load(path)
+
+    def test_class_names_as_bytes_or_alone(self, tmp_path: Path) -> None:
+        names = np.array([b"cat", b"dog", b"eel"])
+        assert load(saved(tmp_path / "a.npz", arrays(class_names=names))).class_names == ("cat", "dog", "eel")
+        alone = arrays(class_names=np.array("cat"), y_test=np.zeros(3, np.int64))
+        assert load(saved(tmp_path / "b.npz", alone)).class_names == ("cat",)
+
     def test_pickled_objects_are_not_run(self, tmp_path: Path) -> None:
         hostile = arrays(x_test=np.array([{"an": "object"}], dtype=object))
         with pytest.raises(DataError, match="not a sound"):
