@@ -78,6 +78,8 @@ def test_version(capsys: Captured) -> None:
         (["wrap", "model.onnx"], "the following arguments are required: --out (see guard wrap --help)"),
         (["wrap", "m", "--out", "b", "--size", "0x3"], "argument --size: expected 224 or 224x160"),
         (["wrap", "m", "--out", "b", "--layout", "chw"], "argument --layout: invalid choice: 'chw'"),
+        (["certify", "x.png", "--threads", "-1"], "argument --threads: expected a whole number"),
+        (["calibrate", "--val", "x", "--threads", "2.5"], "argument --threads: expected a whole number"),
         (["serve", "--port", "70000"], "argument --port: expected a port from 1 to 65535, not '70000'"),
     ],
 )

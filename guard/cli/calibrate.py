@@ -10,6 +10,7 @@ from guard.cli.options import (
     add_bundle,
     add_command,
     add_provider,
+    add_threads,
     arguments_of,
     chosen_bundle,
     emit,
@@ -74,9 +75,7 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
         help="multiplies the attacks' starts and steps; below 1 is for trying out (default: 1)",
     )
     add_provider(parser)
-    parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)"
-    )
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

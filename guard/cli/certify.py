@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from guard.cli.options import Subparsers, add_command, add_provider
+from guard.cli.options import Subparsers, add_command, add_provider, add_threads
 from guard.settings import bundle_path
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ guard certify cifar10 --out cifar10.jsonl""",
     parser.add_argument("--format", choices=FORMATS, help="(default: by the name of --out, else jsonl)")
     parser.add_argument("--out", type=Path, metavar="F", help="file to write (default: standard output)")
     add_provider(parser)
-    parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)"
-    )
+    add_threads(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

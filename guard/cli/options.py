@@ -97,6 +97,19 @@ def add_provider(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Adds `--threads`."""
+    parser.add_argument(
+        "--threads", type=_threads, default=0, metavar="N", help="CPU threads (default: one per core)"
+    )
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 for one per core, not {text!r}")
+    return int(text)
+
+
 def emit(arguments: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
     """Writes a command's result to standard output: the record with `--json`, else the text."""
     if arguments.json:
