@@ -54,6 +54,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync(partial)
         partial.replace(target)
         _sync(target.parent)
+    except OSError as error:
+        _name(error, partial, target)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -87,11 +90,11 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(target)
-    if keep and target.is_dir():
-        shutil.copytree(target, partial)
-    else:
-        partial.mkdir()
     try:
+        if keep and target.is_dir():
+            shutil.copytree(target, partial)
+        else:
+            partial.mkdir()
         yield partial
         for name in partial.rglob("*"):
             _sync(name)
@@ -101,6 +104,9 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
         else:
             partial.rename(target)
         _sync(target.parent)
+    except OSError as error:
+        _name(error, partial, target)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -123,6 +129,12 @@ def provenance(arguments: Mapping[str, Any], *, seed: int | None = None, **more:
 
 def _beside(target: Path) -> Path:
     return target.with_name(f".{target.stem}.partial-{secrets.token_hex(4)}{target.suffix}")
+
+
+def _name(error: OSError, partial: Path, target: Path) -> None:
+    """Lets an error name the file that was asked for instead of the one in its place."""
+    if error.filename is not None and os.fspath(error.filename) == str(partial):
+        error.filename = str(target)
 
 
 def _sync(path: Path) -> None:

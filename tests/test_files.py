@@ -161,3 +161,14 @@ def test_commit_is_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(commit) == 40
     (tmp_path / "file").write_text("2")
     assert files.provenance({})["commit"] == commit + "+"
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory") as caught:
+        files.write_bytes(tmp_path / "folder", b"x")
+    assert caught.value.filename == str(tmp_path / "folder")
+    for make in (files.atomic_open, files.atomic_folder):
+        with pytest.raises(OSError) as caught, make(Path("/proc/new")):  # no file can be made there
+            pass
+        assert caught.value.filename == "/proc/new"
