@@ -290,6 +290,10 @@ class TestFailures:
             ({"seed": -1}, "--seed is -1"),
             ({"architecture": "vgg"}, "unknown architecture 'vgg'"),
             ({"regularizers": ("tulp",)}, "unknown regularizer 'tulp'"),
+            (
+                {"regularizers": ("tv-l2:eps=0.1", "tulip:eps=0.1,weight=1")},
+                "tv-l2:eps=0.1 and tulip:eps=0.1,weight=1 both train on shifted images",
+            ),
         ],
     )
     def test_settings_that_make_no_sense(
@@ -297,6 +301,7 @@ class TestFailures:
     ) -> None:
         with pytest.raises(UsageError, match=message):
             train(dataset(), replace(TINY, **change), tmp_path / "run")  # type: ignore[arg-type]
+        assert not (tmp_path / "run").exists()
 
     def test_devices_and_precisions(self) -> None:
         assert loop.chosen_device("cpu") == "cpu"

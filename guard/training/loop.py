@@ -69,8 +69,7 @@ class Settings:
                 raise UsageError(f"{flag} is {value}: expected {expected}.")
 
         architectures.builder(self.architecture)
-        for text in self.regularizers:
-            regularizers.parse(text)
+        regularizers.parse_all(self.regularizers)
         demand(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         demand(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more")
         rate = self.learning_rate
@@ -122,7 +121,7 @@ def train(
     stays) or a checkpoint cannot be read or written.
     """
     settings.check()
-    bound = [regularizers.parse(text) for text in settings.regularizers]
+    bound = regularizers.parse_all(settings.regularizers)
     batches = Batches(dataset, settings, device)
     config = _config(dataset, settings, batches, arguments or {})
     _open(out, config, resume=resume)

@@ -275,6 +275,24 @@ def parse(text: str) -> Regularizer:
     return partial(function, **bound)
 
 
+def parse_all(texts: Sequence[str]) -> list[Regularizer]:
+    """Every text parsed; raises `UsageError` also, before any training, where two cannot be combined."""
+    parsed = [parse(text) for text in texts]
+    elsewhere = [
+        text
+        for text, regularizer in zip(texts, parsed, strict=True)
+        if isinstance(regularizer, partial)
+        and regularizer.func in (tv_l2, tulip)
+        and regularizer.keywords.get("form") != "penalty"
+    ]
+    if len(elsewhere) > 1:
+        raise UsageError(
+            f"{' and '.join(elsewhere)} both train on shifted images in place of the images; choose one of "
+            "them."
+        )
+    return parsed
+
+
 def _value(name: str, parameter: Parameter, text: str) -> float | str:
     choices = [choice for choice in get_args(parameter.annotation) if isinstance(choice, str)]
     if choices:
