@@ -43,7 +43,7 @@ COLUMNS: dict[str, type] = {
     "error_message": str,
 }
 """Columns of CSV and Parquet. Lists of objects are JSON text, reasons are joined by `;`, an unbounded radius
-is infinite, and what an answer leaves out is empty."""
+is infinite, and what an answer leaves out is empty. Bytes of a path that are no text appear as `\\udcXX`."""
 
 _ROW_GROUP = 1024
 
@@ -53,6 +53,8 @@ def flatten(record: Record) -> dict[str, Any]:
     certificate, error = record.get("certificate", {}), record.get("error", {})
     detector, model = record.get("detector", {}), record.get("model", {})
     flat: dict[str, Any] = {name: record.get(name) for name in COLUMNS}
+    if flat["path"] is not None:
+        flat["path"] = flat["path"].encode(errors="backslashreplace").decode()
     flat["reasons"] = ";".join(record["reasons"]) if "reasons" in record else None
     flat["top"] = _text(record.get("top"))
     flat |= {f"detector_{name}": detector.get(name) for name in ("name", "score", "threshold", "fpr")}
@@ -80,7 +82,9 @@ def writer(stream: BinaryIO, kind: Format) -> AbstractContextManager[Callable[[R
 
 
 def _write_line(stream: BinaryIO, record: Record) -> None:
-    stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    # A path may hold bytes that are no text: JSON has an escape for each, and readers give them back.
+    stream.write(line.encode(errors="backslashreplace") + b"\n")
 
 
 def _text(value: Iterable[Any] | None) -> str | None:

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,13 @@ def test_every_value_of_an_answer_has_a_column(tmp_path: Path) -> None:
     }
     assert len(json.loads(flat["detector_tests"])) == 2
     assert json.loads(flat["l2_others"])[0]["kind"] == "estimate"
+
+
+def test_paths_that_are_no_text(records: list[dict[str, Any]]) -> None:
+    path = os.fsdecode(b"caf\xe9.png")
+    odd = [records[0] | {"path": path}]
+    assert json.loads(written(odd, "jsonl"))["path"] == path
+    (row,) = csv.DictReader(io.StringIO(written(odd, "csv").decode(), newline=""))
+    assert row["path"] == r"caf\udce9.png"
+    table = pyarrow.parquet.read_table(io.BytesIO(written(odd, "parquet")))
+    assert table["path"].to_pylist() == [r"caf\udce9.png"]
