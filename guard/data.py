@@ -17,6 +17,7 @@ from PIL import Image
 from guard import images as uploads
 from guard.archives import ARCHIVES, FORMAT, fetch
 from guard.errors import DataError, ImageError
+from guard.progress import track
 
 Split = Literal["train", "test"]
 Decode = Callable[[bytes], NDArray[np.float32]]
@@ -208,7 +209,7 @@ def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
             raise DataError(f"{one}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     paths = [file for files in members for file in files]
     images = np.empty(0, np.uint8)
-    for index, file in enumerate(paths):
+    for index, file in enumerate(track(paths, f"read {name}")):
         image = _read_image(file, decode)
         if index == 0:
             images = np.empty((len(paths), *image.shape), np.uint8)

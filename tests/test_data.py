@@ -166,6 +166,11 @@ class TestFolders:
         assert found.images[:, 0, 0, 0].tolist() == [30, 10, 20]
         assert found.digest == load(str(tmp_path), "train").digest
 
+    def test_reading_shows_its_progress(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        picture(tmp_path / "photos" / "a.png", 1)
+        load(tmp_path / "photos")
+        assert "read photos  1/1 done" in capsys.readouterr().err
+
     def test_images_alone_have_no_labels(self, tmp_path: Path) -> None:
         picture(tmp_path / "b.png", 2)
         picture(tmp_path / "a.png", 1)
