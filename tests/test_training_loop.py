@@ -271,6 +271,12 @@ class TestFailures:
             train(replace(dataset(), **change), TINY, tmp_path / "run")  # type: ignore[arg-type]
         assert not (tmp_path / "run").exists()
 
+    def test_test_images_of_another_size(self, tmp_path: Path) -> None:
+        grey = replace(dataset(), images=dataset().images[..., :1])
+        with pytest.raises(DataError, match=r"test images are \(8, 8, 1\), training images \(8, 8, 3\)"):
+            train(dataset(), TINY, tmp_path / "run", test=grey)
+        assert not (tmp_path / "run").exists()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

@@ -123,6 +123,11 @@ def train(
     settings.check()
     bound = regularizers.parse_all(settings.regularizers)
     batches = Batches(dataset, settings, device)
+    if test is not None and test.images.shape[1:] != dataset.images.shape[1:]:
+        raise DataError(
+            f"{test.name}: test images are {test.images.shape[1:]}, training images "
+            f"{dataset.images.shape[1:]} (height, width, channels). Bring both to one size."
+        )
     config = _config(dataset, settings, batches, arguments or {})
     _open(out, config, resume=resume)
     with _random_state(settings.seed, device, deterministic=deterministic):
