@@ -319,6 +319,19 @@ def test_graph_carries_the_calibration(bundle: Path, tmp_path: Path, capsys: Cap
     assert "guard.threshold" not in names, "a threshold belongs to its score"
 
 
+def test_graph_says_how_to_decide_by_its_outputs(tmp_path: Path, capsys: Captured) -> None:
+    tests = [{"name": "jacobian", "threshold": 0.25}, {"name": "radius", "threshold": 3.5}]
+    both = write_bundle(tmp_path / "both", score="combined", threshold=1.0, tests=tests)
+    assert main(["graph", str(both), "--out", "g.onnx"]) == 0
+    out = capsys.readouterr().out
+    assert "reject   where not jacobian <= 0.25 and gradient_l2 / margin <= 3.5\n" in out
+    one = write_bundle(tmp_path / "one", score="margin-gradient")
+    assert main(["graph", str(one), "--out", "g.onnx"]) == 0
+    assert "reject   where not gradient_l2 / (1 + cosh(margin)) <= 0.2\n" in capsys.readouterr().out
+    assert main(["graph", str(one), "--out", "g.onnx", "--score", "radius"]) == 0
+    assert "reject" not in capsys.readouterr().out
+
+
 def guard_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "guard", *words]
 

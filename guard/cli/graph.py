@@ -5,6 +5,14 @@ from pathlib import Path
 
 from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
 
+# Each test's score in terms of the graph's outputs.
+FORMULAS = {
+    "jacobian": "jacobian",
+    "radius": "gradient_l2 / margin",
+    "margin-gradient": "gradient_l2 / (1 + cosh(margin))",
+    "jacobian-full": "jacobian",
+}
+
 SCORES = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
 
 
@@ -19,7 +27,11 @@ file, for other runtimes (Triton, C++, Rust).
 
 Its input is `images` (B, C, H, W) in [0, 1]; its outputs are logits, margins,
 gradient norms and the Jacobian norm of each image. What the calibration says
-of them stands in the file's metadata, under `guard.`.""",
+of them stands in the file's metadata, under `guard.`.
+
+But for jacobian-full, the norm is that of the two most probable classes' rows;
+row i can exceed a threshold only where probability i times `guard.row_bound`
+does.""",
         example="""\
 guard graph --out cifar10-guarded.onnx
 guard graph models/resnet50 --out guarded.onnx --score radius --provider cuda""",
@@ -69,8 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         "  input    images (B, C, H, W) float32 in [0, 1]",
         *_wrapped("  outputs  ", outputs),
     ]
-    if "threshold" in facts:
-        lines.append(f"  reject   where not {score} <= {calibration.threshold:.6g}" if calibration else "")
+    if calibration is not None and calibration.score == score:
+        tests: dict[str, float] = {test.name: test.threshold for test in calibration.tests}
+        tests = tests or {score: calibration.threshold}
+        accepted = [f"{FORMULAS[name]} <= {threshold:.6g}" for name, threshold in tests.items()]
+        lines.append(f"  reject   where not {' and '.join(accepted)}")
     emit(arguments, record, "\n".join(lines))
     return 0
 
