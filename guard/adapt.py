@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from guard.autodiff import Graph
+from guard.autodiff import Graph, check_differentiable
 from guard.errors import ModelError, UsageError
 from guard.free_batch import free_batch
 from guard.guarded import IMAGES, LOGITS
@@ -75,12 +75,6 @@ def form_of(model: onnx.ModelProto, outside: Outside) -> Form:
     Raises `ModelError` where it is none that images can be given to, `UsageError` where `outside`
     contradicts it or must say more.
     """
-    for node in model.graph.node:
-        if node.op_type in {"Loop", "Scan", "If"}:
-            raise ModelError(
-                f"{node.op_type} (node {node.name!r}): control flow cannot be guarded. Export the model by "
-                "tracing, without branches that depend on data."
-            )
     value = _only_input(model)
     kind = value.type.tensor_type
     sides = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]
@@ -127,12 +121,19 @@ def adapt(
     `probabilities` says that the original gives them: a Softmax at its end is then removed; without one,
     logits are the logarithm of the probabilities, which are raised to `SMALLEST_PROBABILITY` first.
 
-    Raises `ModelError` where the graph cannot be converted, run or rewritten.
+    Raises `ModelError` where the graph cannot be converted, run or rewritten, or branches on its images, and
+    `UnsupportedOperatorError` for an operator without a differentiation rule.
     """
-    plain = Graph(_in_float32(model)).build([form.output])
-    (value,) = plain.graph.input
     channels, height, width = form.shape
     image = [channels, height, width] if outside.layout == "nchw" else [height, width, channels]
+    single = in_float32(model)
+    given = _only_input(single)
+    kind = given.type.tensor_type.elem_type
+    given.CopyFrom(helper.make_tensor_value_info(form.input, kind, [form.batch or "batch", *image]))
+    plain = Graph(single).build([form.output])
+    _check_straight(plain)
+    check_differentiable(plain, form.input, form.output)
+    (value,) = plain.graph.input
     if form.dtype == np.uint8:
         _lift_integers(plain, form.input)
     value.CopyFrom(helper.make_tensor_value_info(form.input, TensorProto.FLOAT, ["batch", *image]))
@@ -143,6 +144,16 @@ def adapt(
         softmax.op_type = "Identity"
         del softmax.attribute[:]
     return _joined(plain, form, outside, num_classes, log=probabilities and softmax is None)
+
+
+def _check_straight(model: onnx.ModelProto) -> None:
+    """Control flow is refused; branches whose condition is constant have been taken before."""
+    for node in model.graph.node:
+        if node.op_type in {"Loop", "Scan", "If"}:
+            raise ModelError(
+                f"{node.op_type} (node {node.name!r}): control flow cannot be guarded. Export the model by "
+                "tracing, without branches that depend on data."
+            )
 
 
 def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -182,6 +193,8 @@ def _image_shape(name: str, sides: Sequence[int | None], outside: Outside) -> tu
         chosen = found if found is not None else wanted
         if chosen is None:
             raise UsageError(f"the model leaves the {side} of its input open: fix it by --size, such as 224.")
+        if chosen < 1:
+            raise UsageError(f"--size asks for {side} {chosen}: expected at least 1.")
         settled.append(chosen)
     return channels, settled[0], settled[1]
 
@@ -250,7 +263,7 @@ def _element_types(model: onnx.ModelProto) -> set[int]:
     return found
 
 
-def _in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+def in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that computes in float32 throughout."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)

@@ -16,7 +16,6 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of
-from guard.autodiff import check_differentiable
 from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
 from guard.card import UNCALIBRATED
 from guard.errors import DataError, ModelError, UsageError
@@ -95,7 +94,6 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     probabilities = _gives_probabilities(expected, outside.outputs)
     num_classes = expected.shape[1]
     wrapped = adapt(model, form, outside, num_classes=num_classes, probabilities=probabilities)
-    check_differentiable(wrapped, IMAGES, LOGITS)
     tolerance = _TOLERANCE_HALF if form.half else _TOLERANCE
     difference = _verify(
         wrapped, images[:CHECKED_IMAGES], expected[:CHECKED_IMAGES], probabilities, tolerance

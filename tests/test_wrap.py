@@ -379,6 +379,7 @@ def test_what_is_wrapped_can_be_guarded() -> None:
         (network(layout="nhwc"), Outside(), ModelError, "looks like --layout nhwc"),
         (network(channels=4), Outside(), ModelError, "4 channels"),
         (network(channels=1), Outside(order="bgr"), UsageError, "three channels"),
+        (network(sides=("h", "w")), Outside(size=(0, 8)), UsageError, "--size asks for height 0"),
         (network(), Outside(output="other"), UsageError, "no such output, only output"),
         (network(classes=1), Outside(), ModelError, "single number per image"),
         (
@@ -427,16 +428,59 @@ def test_several_inputs_or_outputs() -> None:
     assert wrap_model(two_outputs, Outside(output="output")).num_classes == CLASSES
 
 
-def test_control_flow_is_refused() -> None:
-    branch = helper.make_graph(
-        [helper.make_node("Identity", ["scores"], ["b"])],
-        "branch",
-        [],
-        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+def fork(*conditions: NodeProto) -> list[NodeProto]:
+    """Nodes that compute `yes`, and an If that gives the scores where it holds, else their negative."""
+    branches: dict[str, Any] = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(operator, ["scores"], [name])],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        )
+        for name, operator in (("then", "Identity"), ("else", "Neg"))
+    }
+    return [*conditions, helper.make_node("If", ["yes"], ["output"], name="fork", **branches)]
+
+
+def test_branches_that_depend_on_images_are_refused() -> None:
+    tail = fork(
+        helper.make_node("ReduceMax", ["scores"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "zero"], ["yes"]),
     )
-    tail = [helper.make_node("If", ["yes"], ["output"], name="fork", then_branch=branch, else_branch=branch)]
     with pytest.raises(ModelError, match=r"If .*fork"):
-        wrap_model(network(tail=tail, constants={"yes": np.array(True)}), Outside())
+        wrap_model(network(tail=tail, constants={"zero": np.array(0, np.float32)}), Outside())
+
+
+@pytest.mark.parametrize("batch", [1, "n"])
+@pytest.mark.parametrize("sides", [(8, 8), ("h", "w")])
+def test_branches_that_do_not_are_taken(batch: int | str, sides: tuple[int | str, int | str]) -> None:
+    tail = fork(
+        helper.make_node("Shape", ["input"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["channels"]),
+        helper.make_node("Equal", ["channels", "one"], ["yes"]),
+    )
+    original = network(batch=batch, sides=sides, tail=tail, constants={"one": np.array(1, np.int64)})
+    wrapped = wrap_model(original, Outside(size=(8, 8)))
+    check_form(wrapped.model)
+    assert not [node for node in wrapped.model.graph.node if node.op_type == "If"]
+    np.testing.assert_allclose(run(wrapped.model, images(3)), -run(network(), images(3)), rtol=1e-5)
+
+
+def test_loops_are_refused() -> None:
+    flag, scores = (
+        [helper.make_tensor_value_info(name, kind, None) for name in names]
+        for kind, names in ((TensorProto.BOOL, ("on", "still")), (TensorProto.FLOAT, ("z", "twice")))
+    )
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Add", ["z", "z"], ["twice"])],
+        "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), flag[0], scores[0]],
+        [flag[1], scores[1]],
+    )
+    tail = [helper.make_node("Loop", ["three", "yes", "scores"], ["output"], name="round", body=body)]
+    constants = {"three": np.array(3, np.int64), "yes": np.array(True)}
+    with pytest.raises(ModelError, match=r"Loop .*round"):
+        wrap_model(network(tail=tail, constants=constants), Outside())
 
 
 def test_a_constant_classifier_is_refused() -> None:
