@@ -627,13 +627,13 @@ def _frame(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError("The model has sparse weights; only dense ones are supported.")
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
+    opsets = [
+        helper.make_opsetid("" if o.domain == "ai.onnx" else o.domain, o.version) for o in model.opset_import
+    ]
     copy = helper.make_model(
         helper.make_graph([], model.graph.name or "graph", inputs, model.graph.output),
-        ir_version=model.ir_version,
-        opset_imports=[
-            helper.make_opsetid("" if o.domain == "ai.onnx" else o.domain, o.version)
-            for o in model.opset_import
-        ],
+        ir_version=max(model.ir_version, helper.find_min_ir_version_for(opsets, ignore_unknown=True)),
+        opset_imports=opsets,
         producer_name=model.producer_name,
         producer_version=model.producer_version,
     )
