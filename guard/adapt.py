@@ -306,9 +306,15 @@ def _final_softmax(model: onnx.ModelProto, output: str) -> NodeProto | None:
     producers = {name: node for node in model.graph.node for name in node.output}
     readers = [name for node in model.graph.node for name in node.input]
     node = producers.get(output)
-    while node is not None and node.op_type in _REARRANGING and readers.count(node.input[0]) == 1:
+    while node is not None and _moves_only(node) and readers.count(node.input[0]) == 1:
         node = producers.get(node.input[0])
     return node if node is not None and node.op_type == "Softmax" else None
+
+
+def _moves_only(node: NodeProto) -> bool:
+    """Whether a node leaves float values as they are; 16-bit models often end in a Cast."""
+    to_float = any(attribute.i == TensorProto.FLOAT for attribute in node.attribute if attribute.name == "to")
+    return node.op_type in _REARRANGING or (node.op_type == "Cast" and to_float)
 
 
 def _joined(

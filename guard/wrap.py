@@ -6,7 +6,7 @@ says what the original said, for one image and for many, and writes the bundle.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of
+from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of, in_float32
 from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
 from guard.card import UNCALIBRATED
 from guard.errors import DataError, ModelError, UsageError
@@ -90,7 +90,7 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     form = form_of(model, outside)
     batch = form.batch or 1
     images = _examples(form.shape, -(-CHECKED_IMAGES // batch) * batch)
-    expected = _run_original(model, form, arranged(images, form, outside))
+    expected = _run_original(model, form, images, outside)
     probabilities = _gives_probabilities(expected, outside.outputs)
     num_classes = expected.shape[1]
     wrapped = adapt(model, form, outside, num_classes=num_classes, probabilities=probabilities)
@@ -227,10 +227,18 @@ def _examples(shape: tuple[int, int, int], count: int) -> Float32:
     return (np.rint(255 * noisy) / 255).astype(np.float32)
 
 
-def _run_original(model: onnx.ModelProto, form: Form, feed: NDArray[Any]) -> Float32:
-    """Outputs (B, K) of the model as it came, in its own batch size, or one image at a time."""
+def _run_original(model: onnx.ModelProto, form: Form, images: Float32, outside: Outside) -> Float32:
+    """Outputs (B, K) of the model as it came, in its own batch size, or one image at a time.
+
+    In float32 where onnxruntime has no kernels for the model's own element type (bfloat16, double).
+    """
     size = form.batch or 1
-    session = _session(model)
+    try:
+        session = _session(model)
+    except ModelError:
+        session = _session(in_float32(model))
+        form = form if form.dtype == np.uint8 else replace(form, dtype=np.dtype(np.float32))
+    feed = arranged(images, form, outside)
     try:
         results = [
             session.run([form.output], {form.input: feed[start : start + size]})[0]

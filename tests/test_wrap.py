@@ -341,6 +341,30 @@ def test_half_precision_becomes_single() -> None:
     np.testing.assert_allclose(run(wrapped.model, x), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [TensorProto.BFLOAT16, TensorProto.DOUBLE])
+def test_what_onnxruntime_has_no_kernels_for_is_checked_in_single_precision(dtype: int) -> None:
+    original = network(dtype=dtype)
+    wrapped = wrap_model(original, Outside(mean=(0.5,)))
+    check_form(wrapped.model)
+    x = images(3)
+    np.testing.assert_allclose(run(wrapped.model, x), run(network(), x - 0.5), atol=0.1)
+
+
+def test_a_cast_behind_the_final_softmax_does_not_keep_it() -> None:
+    half = TensorProto.FLOAT16
+    tail = [
+        helper.make_node("Softmax", ["scores"], ["p"], axis=1),
+        helper.make_node("Cast", ["p"], ["output"], to=TensorProto.FLOAT),
+    ]
+    head = [helper.make_node("Cast", ["input"], ["x"], to=half)]
+    original = network(dtype=half, head=head, tail=tail)  # as conversion to 16 bits leaves the ends
+    for value in (original.graph.input[0], original.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    wrapped = wrap_model(original, Outside())
+    assert not [node for node in wrapped.model.graph.node if node.op_type in ("Softmax", "Log")]
+    np.testing.assert_allclose(softmax(run(wrapped.model, images(3))), run(original, images(3)), atol=5e-3)
+
+
 def test_integer_pixels_become_floats() -> None:
     head = [helper.make_node("Cast", ["input"], ["x"], to=TensorProto.FLOAT)]
     original = network(dtype=TensorProto.UINT8, head=head)
@@ -356,9 +380,18 @@ def test_integer_pixels_become_floats() -> None:
         wrap_model(direct, Outside(range="0-255"))
 
 
-def test_an_old_opset_is_raised() -> None:
-    wrapped = wrap_model(network(opset=13), Outside())
+@pytest.mark.parametrize("opset", [7, 9, 13])
+def test_an_old_opset_is_raised(opset: int) -> None:
+    wrapped = wrap_model(network(opset=opset), Outside())
     check_form(wrapped.model)
+
+
+def test_a_model_from_before_weights_could_stand_outside_the_inputs() -> None:
+    old = network(opset=7)
+    old.ir_version = 3
+    for tensor in old.graph.initializer:
+        old.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    check_form(wrap_model(old, Outside()).model)
 
 
 def test_what_is_wrapped_can_be_guarded() -> None:
