@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from guard.autodiff import Graph, pullback
+from guard.errors import ModelError
 from guard.graph import Provider
 
 GRAPH_VERSION = 2
@@ -125,11 +126,21 @@ def loss_model(model: onnx.ModelProto, loss: Loss, *, provider: Provider = "cpu"
 
 
 def number_of_classes(graph: Graph) -> int:
-    """K of a graph whose output `logits` has shape (B, K)."""
-    classes = graph.shape(LOGITS)[-1]
-    if classes is None:
-        raise ValueError("the number of classes depends on the batch: not a classifier")
-    return classes
+    """K of a graph with input `images` (B, C, H, W) and output `logits` (B, K), K >= 2.
+
+    Raises `ModelError` for any other graph.
+    """
+    if graph.inputs == [IMAGES] and LOGITS in graph.outputs:
+        images, logits = graph.shape(IMAGES), graph.shape(LOGITS)
+        if len(images) == 4 and len(logits) == 2 and logits[1] is not None and logits[1] > 1:
+            return logits[1]
+        found = f"images {images} and logits {logits}"
+    else:
+        found = f"inputs {', '.join(graph.inputs)} and outputs {', '.join(graph.outputs)}"
+    raise ModelError(
+        f"the model has {found}: expected images (B, C, H, W) and logits (B, K) with K >= 2. Make a bundle "
+        "of it by `guard wrap`."
+    )
 
 
 def _margin_loss(graph: Graph, label: str, classes: int) -> tuple[str, str]:

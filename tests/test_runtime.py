@@ -8,7 +8,7 @@ from onnx import helper
 from guard.errors import DataError, ModelError, UnsupportedOperatorError
 from guard.guarded import Score
 from guard.runtime import Detector, Measurement, score_of
-from tests.networks import convolutional, images, linear, model
+from tests.networks import Array, convolutional, images, linear, model
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,23 @@ def test_unsupported_operators_are_refused_at_once() -> None:
     determinant = model([helper.make_node("Det", ["images"], ["logits"])], {}, (3, 2, 2), 3)
     with pytest.raises(UnsupportedOperatorError, match="Det"):
         Detector(determinant)
+
+
+@pytest.mark.parametrize(
+    ("names", "weight", "found"),
+    [
+        (("images", "scores"), np.eye(4), "outputs scores"),
+        (("pixels", "logits"), np.eye(4), "inputs pixels"),
+        (("images", "logits"), np.ones((1, 4)), r"logits \(None, 1\)"),
+    ],
+)
+def test_models_that_are_no_bundle_are_named(names: tuple[str, str], weight: Array, found: str) -> None:
+    other = linear(weight)
+    renamed = dict(zip(("images", "logits"), names, strict=True))
+    for node in other.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for value in (*other.graph.input, *other.graph.output):
+        value.name = renamed[value.name]
+    with pytest.raises(ModelError, match=rf"{found}.*guard wrap"):
+        Detector(other, provider="cpu", threads=1)
