@@ -343,6 +343,8 @@ class Graph:
             else:
                 self._nodes.append(NodeProto())
                 self._nodes[-1].CopyFrom(node)
+                if node.domain == "ai.onnx":  # the same as none, which is how opsets are listed here
+                    self._nodes[-1].domain = ""
 
     def _take_constant_branches(self) -> None:
         """Replaces each If whose condition does not depend on the images by the branch that it takes."""
@@ -666,6 +668,11 @@ def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _constant_tensor(node: NodeProto) -> TensorProto:
     """The value of a Constant node, whichever attribute holds it."""
+    if len(node.attribute) != 1:  # as where MeanVarianceNormalization is expanded without its `axes`
+        raise ModelError(
+            f"{describe(node)} has {len(node.attribute)} values: expected one. Export the model with every "
+            "attribute of its operators written out."
+        )
     (attribute,) = node.attribute
     value = helper.get_attribute_value(attribute)
     if attribute.name in ("value", "sparse_value"):

@@ -421,6 +421,19 @@ def test_local_functions_are_inlined() -> None:
     np.testing.assert_allclose(gradient(model, x, np.ones_like(x)), 2 * x, rtol=1e-6)
 
 
+def test_a_function_without_the_attributes_it_needs_is_refused() -> None:
+    model = model_of([node("MeanVarianceNormalization", "x", "y")], shape=("batch", 3, 4, 4))
+    with pytest.raises(ModelError, match=r"Constant .*has 0 values"):
+        Graph(model)
+
+
+def test_the_long_name_of_the_standard_domain_is_understood() -> None:
+    model = model_of([node("Exp", "x", "y", domain="ai.onnx")])
+    model.opset_import[0].domain = "ai.onnx"
+    x = f32(2, 4)
+    np.testing.assert_allclose(gradient(model, x, np.ones_like(x)), np.exp(x), rtol=1e-5)
+
+
 def test_an_empty_opset_list_is_refused() -> None:
     model = model_of(LINEAR, {"w": f32(4, 3)})
     del model.opset_import[:]
