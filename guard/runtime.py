@@ -235,6 +235,9 @@ class Detector:
         )
 
     def _session(self, key: str, make: Callable[[], onnx.ModelProto]) -> ort.InferenceSession:
+        found = self._sessions.get(key)
+        if found is not None:  # without waiting for others that are being built
+            return found
         with self._lock:
             if key not in self._sessions:
                 self._sessions[key] = session_of(make(), provider=self.provider, threads=self.threads)

@@ -1,11 +1,14 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
+from guard import guarded
 from guard.errors import DataError, ModelError, UnsupportedOperatorError
+from guard.graph import Provider
 from guard.guarded import Score
 from guard.runtime import Detector, Measurement, score_of
 from tests.networks import Array, convolutional, images, linear, model
@@ -180,6 +183,30 @@ def test_threads_share_a_detector(detector: Detector) -> None:
     assert len(found) == 4
     for measured in found:
         np.testing.assert_allclose(measured.jacobian, expected, rtol=1e-5)
+
+
+def test_a_session_under_construction_holds_up_no_other(
+    network: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = Detector(network, provider="cpu", threads=1)
+    started, released = threading.Event(), threading.Event()
+    build = guarded.vjp_model
+
+    def slow(model: onnx.ModelProto, *, provider: Provider) -> onnx.ModelProto:
+        started.set()
+        assert released.wait(60)
+        return build(model, provider=provider)
+
+    monkeypatch.setattr(guarded, "vjp_model", slow)
+    x = images(1)
+    with ThreadPoolExecutor(2) as pool:
+        gradient = pool.submit(d.vjp, x, np.ones((1, 10), np.float32))
+        assert started.wait(60)
+        try:
+            assert len(pool.submit(d.measure, x).result(timeout=10)) == 1
+        finally:
+            released.set()
+        assert gradient.result(timeout=60).shape == x.shape
 
 
 def test_auto_says_aloud_where_it_runs(network: onnx.ModelProto, caplog: pytest.LogCaptureFixture) -> None:
