@@ -132,7 +132,10 @@ class _Exchange:
         except (RequestError, ImageError) as error:
             await self._refuse(error.status, error.code, str(error), getattr(error, "headers", {}))
         except ClientDisconnect:
-            pass
+            # Nobody reads this answer, but BentoML's timer around us holds the request, and with it the end
+            # of the server, until there is one.
+            await self._refuse(400, "client_left", "The connection ended before the body did.")
+            self.status = 499
         except Exception:
             log.exception("unexpected error", extra={"fields": {"request_id": self.id}})
             if self.status:
@@ -209,7 +212,7 @@ class _Exchange:
 
     def _account(self) -> None:
         path, seconds = self.scope["path"], time.perf_counter() - self.started
-        self.status = self.status or 499  # the client left before it had an answer
+        self.status = self.status or 499  # cancelled before there was an answer
         # Only known paths become labels: a client must not be able to fill the memory with names.
         route = path if path in self.edge.routes else "other"
         metrics.REQUESTS.labels(route, self.status).inc()

@@ -329,11 +329,14 @@ def test_a_slow_upload_ends_with_400(client: Client) -> None:
     assert json.loads(body["body"])["error"]["code"] == "upload_too_slow"
 
 
-def test_a_client_that_leaves_gets_no_answer_and_does_no_harm(client: Client) -> None:
+def test_a_client_that_leaves_is_answered_for_whoever_waits_around_and_does_no_harm(client: Client) -> None:
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    assert exchange(client.app, receive, [(b"content-type", b"image/png")]) == []
+    before = sample_of("guard_requests_total", route="/classify", status="499")
+    messages = exchange(client.app, receive, [(b"content-type", b"image/png")])
+    assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
+    assert sample_of("guard_requests_total", route="/classify", status="499") == before + 1
     assert client.classify(CAT).status_code == 200
 
 

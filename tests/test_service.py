@@ -245,6 +245,18 @@ def test_a_second_server_keeps_its_own_metrics_and_ends_with_all_its_processes(
     assert psutil.wait_procs(found, timeout=5)[1] == []
 
 
+def test_clients_that_left_do_not_delay_the_end(bundle: Path, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path / "left") as running:
+        address = urlsplit(running.url)
+        for start in (b"Content-Length: 9\r\n\r\nhalf", b"Transfer-Encoding: chunked\r\n\r\nno chunk\r\n"):
+            with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as raw:
+                raw.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n" + start)
+        until(lambda: [line.get("status") for line in running.lines()].count(499) == 2)
+        began = time.monotonic()
+    assert running.process.returncode == 0
+    assert time.monotonic() - began < 10
+
+
 def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
     corrupt = write_bundle(tmp_path / "corrupt")
     expected = sha256(corrupt / MODEL)
