@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from guard import metrics, openapi, samples
 from guard.http import RequestError, read_upload, request_id
@@ -49,7 +49,7 @@ class Routes:
 
     def overrides(self) -> Mapping[str, ASGIApp]:
         """What BentoML has routes of its own for."""
-        return {"/readyz": self.ready}
+        return {"/readyz": Starlette(routes=[Route("/readyz", self.ready)])}
 
     async def page(self, _: Request) -> Response:
         """`GET /`."""
@@ -94,6 +94,6 @@ class Routes:
 
         return JSONResponse(openapi.document(Decision, ModelAnswer))
 
-    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def ready(self, _: Request) -> Response:
         """`GET /readyz`."""
-        await JSONResponse(self.worker().ready().model_dump())(scope, receive, send)
+        return JSONResponse(self.worker().ready().model_dump())

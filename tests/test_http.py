@@ -364,6 +364,7 @@ def test_websockets_are_refused(client: Client) -> None:
         ("GET", "/classify", 405, "method_not_allowed", "POST"),
         ("DELETE", "/classify", 405, "method_not_allowed", "POST"),
         ("POST", "/model", 405, "method_not_allowed", "GET"),
+        ("POST", "/readyz", 405, "method_not_allowed", "GET"),
         ("OPTIONS", "/", 405, "method_not_allowed", "GET"),
         ("POST", "/page/page.js", 405, "method_not_allowed", None),
     ],
