@@ -199,6 +199,7 @@ class _Exchange:
     ) -> None:
         self.status = status
         self.fields |= {"code": code}
+        metrics.REFUSED.labels(code).inc()
         body = json.dumps({"error": {"code": code, "message": message}, "request_id": self.id}).encode()
         lines = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]

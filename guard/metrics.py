@@ -35,9 +35,11 @@ REQUESTS = Counter("guard_requests", "HTTP requests answered.", ["route", "statu
 REQUEST_SECONDS = Histogram(
     "guard_request_seconds", "From the request's first byte to the answer.", ["route"], buckets=_SECONDS
 )
-REFUSED = Counter("guard_refused", "Uploads not classified, by the error's code.", ["code"])
+REFUSED = Counter("guard_refused", "Requests answered with an error, by its code.", ["code"])
 ACCEPTED = Counter("guard_accepted", "Images classified and accepted.")
-REJECTED = Counter("guard_rejected", "Images classified and rejected, by reason.", ["reason"])
+REJECTED = Counter(
+    "guard_rejected", "Images classified and rejected, by reason; some have several.", ["reason"]
+)
 SCORE = Histogram(
     "guard_score_ratio",
     "Detector score over its threshold; above 1 is rejected.",

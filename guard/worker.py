@@ -25,7 +25,7 @@ from starlette.types import Scope
 from guard import images, metrics, samples
 from guard.batching import Batcher
 from guard.bundle import Calibration
-from guard.errors import GuardError, ImageError, UsageError
+from guard.errors import GuardError, UsageError
 from guard.http import RequestError, Upload, annotate
 from guard.settings import Policy
 
@@ -238,9 +238,6 @@ class Worker:
                 status=504,
                 headers=_RETRY,
             ) from None
-        except ImageError as error:
-            metrics.REFUSED.labels(error.code).inc()
-            raise
         self._record(guard, decision, scope)
         return decision
 

@@ -662,6 +662,19 @@ def test_metrics_count_requests_verdicts_and_refusals(client: Client) -> None:
     assert '"/a"' not in text
 
 
+def test_every_refused_upload_is_counted_by_its_code(client: Client) -> None:
+    def counts() -> list[float]:
+        codes = ("missing_field", "malformed_body", "body_too_large", "mislabelled_type")
+        return [sample_of("guard_refused_total", code=code) for code in codes]
+
+    before = counts()
+    client.form(part(CAT, "picture"))
+    client.form(part(CAT), end=b"")
+    client.classify(bytes(2 * BODY_CAP))
+    client.classify(CAT, "image/jpeg")
+    assert [now - old for now, old in zip(counts(), before, strict=True)] == [1, 1, 1, 1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     body=st.binary(max_size=300)
