@@ -39,5 +39,6 @@ def configure(level: int = logging.INFO) -> None:
     for handler in handlers:
         handler.setFormatter(JsonFormatter())
     logging.getLogger("guard").setLevel(level)
-    # Warns of every malformed form: a client must not be able to fill the log.
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    # They warn of every malformed form and header entry: a client must not be able to fill the log.
+    for name in ("python_multipart", "opentelemetry"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -68,6 +68,7 @@ class GuardService:
             bundles.load(bundle_path(), graph_version=GRAPH_VERSION).calibrated()
         except GuardError as error:
             raise SystemExit(f"guard: {error}") from None
+        logs.configure()
         metrics.own_folder()
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]

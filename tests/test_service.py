@@ -216,6 +216,14 @@ def test_log_lines_are_json_with_the_request(server: Server) -> None:
     assert line["score"] > line["threshold"]
     assert any(line["message"] == "ready" and line["provider"] == "cpu" for line in server.lines())
     assert all(line["level"] in {"info", "warning"} for line in server.lines())
+    assert all(line.startswith("{") for line in server.log.read_text().splitlines())
+
+
+def test_one_request_cannot_write_many_log_lines(server: Server) -> None:
+    before = len(server.lines())
+    post(server, CAT, baggage="%," * 4000, **{"x-request-id": "chatty"})
+    until(lambda: any(line.get("request_id") == "chatty" for line in server.lines()))
+    assert len(server.lines()) - before < 5
 
 
 def until(look: Any, seconds: float = 10) -> Any:
