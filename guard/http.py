@@ -190,6 +190,7 @@ class _Exchange:
         texts = {
             404: f"There is nothing at {path[:200]}. The page is at /, the interface at /docs.json.",
             405: f"{method} is not possible here; use {headers.get('allow', 'another method')}.",
+            503: "The server is not well; /readyz says why.",
         }
         known = status if status in CODES else 500 if status >= 500 else 400
         await self._refuse(known, CODES[known], texts.get(known, "The request cannot be answered."), kept)

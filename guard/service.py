@@ -12,12 +12,12 @@ import warnings
 import bentoml
 
 from guard import bundle as bundles
-from guard import logs, metrics
+from guard import logs, metrics, samples
 from guard.errors import GuardError, UsageError
 from guard.http import Edge, RequestError
 from guard.routes import PATHS, Routes
 from guard.settings import Policy, bundle_path
-from guard.worker import Settings, Worker
+from guard.worker import RETRY, Settings, Worker
 
 MULTIPART_OVERHEAD = 2**16
 """Bytes that a form's boundaries and headers may add to the image's own."""
@@ -31,7 +31,7 @@ except UsageError as error:
 def _worker() -> Worker:
     service: GuardService | None = bentoml.get_current_service()
     if service is None:
-        raise RequestError("The server is starting.", status=503, code="not_ready")
+        raise RequestError("The server is starting.", status=503, code="not_ready", headers=RETRY)
     return service.worker
 
 
@@ -66,6 +66,7 @@ class GuardService:
         try:
             Policy.from_environment()
             bundles.load(bundle_path(), graph_version=GRAPH_VERSION).calibrated()
+            samples.load(bundle_path())
         except GuardError as error:
             raise SystemExit(f"guard: {error}") from None
         logs.configure()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RETRY = {"Retry-After": "1"}
+RETRY = {"Retry-After": "1"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Settings:
             except ValueError:
                 values[name] = 0
             if not 0 < values[name] < math.inf:
-                raise UsageError(f"{variable} is {text!r}: expected a positive number, such as {default}.")
+                kind = "whole number" if isinstance(default, int) else "number"
+                raise UsageError(f"{variable} is {text!r}: expected a positive {kind}, such as {default}.")
         return cls(**values)
 
 
@@ -117,7 +118,7 @@ class Worker:
         self.path = path
         self.settings = settings
         self.failure: str | None = None
-        self.samples: dict[str, samples.Sample] = {}
+        self._samples: dict[str, samples.Sample] = {}
         self._guard: Guard | None = None
         self._uploads = 0
         # A pool of our own: its threads stay taken until a decoding ends, even when nobody waits any more.
@@ -147,7 +148,7 @@ class Worker:
             self.failure = "The model could not be loaded; the server's log says why."
             log.critical("cannot serve", exc_info=True)
             return
-        self.samples = {sample.file: sample for sample in found}
+        self._samples = {sample.file: sample for sample in found}
         self._guard = guard
         ready = self.ready()
         detector = guard.calibration.score
@@ -170,9 +171,15 @@ class Worker:
                 "The model is being loaded; try again in a moment.",
                 status=503,
                 code="not_ready",
-                headers=_RETRY,
+                headers=RETRY,
             )
         return self._guard
+
+    @property
+    def samples(self) -> "Mapping[str, samples.Sample]":
+        """The bundle's sample images by file name; raises `RequestError` as long as it is not ready."""
+        _ = self.guard
+        return self._samples
 
     def ready(self) -> ReadyAnswer:
         """What `/readyz` says."""
@@ -208,7 +215,7 @@ class Worker:
             raise RequestError(
                 f"The server is busy with {self._uploads} uploads; try again later.",
                 status=429,
-                headers=_RETRY,
+                headers=RETRY,
             )
         self._uploads += 1
         metrics.IN_PROGRESS.inc()
@@ -236,7 +243,7 @@ class Worker:
             raise RequestError(
                 f"No answer within {self.settings.timeout:g} seconds; try again later.",
                 status=504,
-                headers=_RETRY,
+                headers=RETRY,
             ) from None
         self._record(guard, decision, scope)
         return decision

@@ -1,6 +1,7 @@
 """`bentoml serve` itself: a real process, real sockets, what operators and strangers see."""
 
 import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from guard.bundle import CALIBRATION, MANIFEST, MODEL
+from guard import samples
+from guard.bundle import CALIBRATION, MANIFEST, MODEL, digests
 from guard.files import sha256
 from tests.serving import (
     CAT,
@@ -274,6 +276,12 @@ def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     uncalibrated = write_bundle(tmp_path / "uncalibrated")
     (uncalibrated / CALIBRATION).unlink()
+    unlisted = write_bundle(tmp_path / "unlisted")
+    index = unlisted / samples.FOLDER / samples.INDEX
+    index.write_bytes(b"[{}]")
+    manifest = json.loads((unlisted / MANIFEST).read_bytes())
+    manifest["files"] = digests(unlisted)
+    (unlisted / MANIFEST).write_text(json.dumps(manifest))
     fine = write_bundle(tmp_path / "fine")
 
     def start(name: Path, **settings: str) -> tuple[subprocess.Popen[bytes], Path]:
@@ -286,6 +294,7 @@ def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
         start(old): [CALIBRATION, "version 0"],
         start(missing): [str(missing), "no such bundle folder"],
         start(uncalibrated): [CALIBRATION],
+        start(unlisted): [str(index), "file"],
         start(fine, GUARD_MIN_RADIUS_L2="far"): ["GUARD_MIN_RADIUS_L2", "far"],
         start(fine, GUARD_MAX_BYTES="0", GUARD_TIMEOUT="1"): ["GUARD_MAX_BYTES"],
     }
