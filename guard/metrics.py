@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 _FOLDER = "GUARD_METRICS_DIR"
 
@@ -76,10 +77,23 @@ def own_folder() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
+def _forget_the_dead(folder: Path) -> None:
+    """A worker that was killed leaves its uploads in progress behind, which no other will ever end."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = file.stem.rpartition("_")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except PermissionError:
+            pass
+
+
 def exposition() -> tuple[bytes, str]:
     """All metrics in Prometheus' text format, and its media type."""
     registry = REGISTRY
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        _forget_the_dead(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), CONTENT_TYPE_LATEST

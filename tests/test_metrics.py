@@ -49,6 +49,18 @@ def test_processes_of_one_server_add_up_and_another_servers_do_not(
     assert "guard_accepted_total 1.0" in process(tmp_path / "two")
 
 
+def test_uploads_of_a_killed_process_are_no_longer_in_progress(tmp_path: Path) -> None:
+    def process(code: str) -> str:
+        environment = clean_environment() | {"GUARD_METRICS_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", f"import os; from guard import metrics; {code}"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+
+    process("metrics.IN_PROGRESS.inc(3); metrics.ACCEPTED.inc(); os.kill(os.getpid(), 9)")
+    text = process("metrics.IN_PROGRESS.inc(); print(metrics.exposition()[0].decode())")
+    assert "guard_uploads_in_progress 1.0" in text
+    assert "guard_accepted_total 1.0" in text
+
+
 def test_a_server_gets_a_folder_that_goes_with_it() -> None:
     code = (
         "import os; from guard import metrics; metrics.own_folder(); print(os.environ['GUARD_METRICS_DIR'])"
