@@ -416,7 +416,11 @@ class _Run:
         count = int(inside.sum())
         lipschitz = fitting.bound(slopes, self.effort.blocks)
         scale = self._conformal_scale(stages, norm, conformal)
-        served = radius if scale is None else scale.kappa * first_order_radius(report.margin, slope)
+        served = radius
+        if scale is not None:
+            served = np.minimum(
+                scale.kappa * first_order_radius(report.margin, slope), fitted.table.reach.max()
+            )
         return RadiusCalibration(
             lipschitz=lipschitz.value,
             lipschitz_fit=_record(lipschitz),

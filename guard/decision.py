@@ -301,7 +301,10 @@ class Guard:
             conformal = Radius(
                 radius=math.nan, kind="conformal", method="scaled-first-order", alpha=scale.alpha
             )
-            found[conformal] = scale.kappa * first_order_radius(measurement.margin, gradient)
+            # A smaller radius keeps the promise; this one would grow without end as the gradient vanishes.
+            largest = self._tables[norm].reach.max()
+            first_order = first_order_radius(measurement.margin, gradient)
+            found[conformal] = np.minimum(scale.kappa * first_order, largest)
         return [(radius, found[radius]) for radius in strongest_first(list(found))]
 
     def _reasons(

@@ -86,8 +86,14 @@ class Base:
 
     @property
     def radius(self) -> Values:
-        """First-order radii (B,)."""
-        return first_order_radius(self.margin, self.slope)
+        """First-order radii (B,); 0 where there is none (a tie, or a gradient of 0)."""
+        radius = first_order_radius(self.margin, self.slope)
+        return np.where(np.isfinite(radius), radius, 0.0)
+
+    def relative(self, remainder: Values) -> Values:
+        """Remainders (B,) in units of the margin; 0 where there is no first-order radius."""
+        usable = self.radius > 0
+        return np.where(usable, remainder / np.where(usable, self.margin, 1.0), 0.0)
 
 
 def base_of(model: Differentiable, images: Floats, norm: Norm) -> Base:
@@ -112,8 +118,7 @@ def screen(
     tie, or a gradient of 0) give remainder 0 and are to be left out by the caller.
     """
     base = base_of(model, images, norm)
-    usable = np.isfinite(base.radius) & (base.radius > 0)
-    eps = np.where(usable, EPS[SCREENED_AT] * np.where(usable, base.radius, 0.0), 0.0)
+    eps = EPS[SCREENED_AT] * base.radius
     starts = [attacks.column(eps) * attacks.steepest(base.gradient, norm)]
     while len(starts) < effort.starts:
         starts.append(attacks.column(eps) * attacks.random_directions(images.shape, norm, generator))
@@ -129,8 +134,7 @@ def screen(
         steps=max(1, effort.steps // 2),
         linear=linear,
     )
-    relative = np.where(usable, found.value / np.where(usable, base.margin, 1.0), 0.0)
-    return base.margin, base.slope, relative, found.slope, found.shift
+    return base.margin, base.slope, base.relative(found.value), found.slope, found.shift
 
 
 def remainders(
@@ -168,7 +172,7 @@ def remainders(
             linear=linear,
         )
         best[at] = found.shift
-        values[:, at] = found.value / base.margin
+        values[:, at] = base.relative(found.value)
         slope = np.fmax(slope, found.slope)
     return np.maximum.accumulate(values, axis=1), slope
 

@@ -98,6 +98,9 @@ def test_ties_and_flat_models_are_left_out() -> None:
     assert not value.any()
     assert not shift.any()
     assert (margin > 0).all()
+    values, slope = fitting.remainders(model, images, "l2", Effort(), shift)
+    assert not values.any()
+    assert not slope.any()
 
 
 def test_longest_rows_bound_the_jacobian() -> None:
