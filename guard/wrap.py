@@ -5,6 +5,7 @@ says what the original said, for one image and for many, and writes the bundle.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check
 from guard.card import UNCALIBRATED
 from guard.errors import DataError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
+from guard.graph import OPSET_FLOOR
 from guard.guarded import IMAGES, LOGITS
 from guard.runtime import Detector
 
@@ -32,6 +34,7 @@ BATCH_SIZES = (2, 3, 5)
 # behind logits that are large but alike. Float32 kernels differ between batch sizes by about 1e-4.
 _TOLERANCE = 1e-2
 _TOLERANCE_HALF = 0.2  # where the original computes in 16 bits
+_PLACE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\) (?=[A-Z]))?")
 _CROPPED_FROM = 128  # pixels: models with inputs of this size and above are usually trained on centre crops
 _CROP = 0.875  # 224 of 256 pixels
 
@@ -335,11 +338,17 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's and protobuf's own exceptions have no common base
-        raise ModelError(f"onnxruntime cannot load the model: {_reason(error)}") from error
+        opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
+        raise ModelError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the model (operator sets: {opsets}): "
+            f"{_reason(error).rstrip('.')}. If they are too new or too old for it, export the model at opset "
+            f"{OPSET_FLOOR}."
+        ) from error
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """What onnxruntime says, without its codes and the place in its source."""
+    return _PLACE.sub("", str(error).strip().splitlines()[0])
 
 
 def _json_names(path: Path, text: str) -> list[str]:

@@ -386,6 +386,14 @@ def test_an_old_opset_is_raised(opset: int) -> None:
     check_form(wrapped.model)
 
 
+@pytest.mark.parametrize("opset", [5, 30])
+def test_an_opset_that_onnxruntime_does_not_know_is_named(opset: int) -> None:
+    with pytest.raises(ModelError, match=rf"ai.onnx {opset}\).*export the model at opset 17") as caught:
+        wrap_model(network(opset=opset), Outside())
+    assert "ONNXRuntimeError" not in str(caught.value)
+    assert "/" not in str(caught.value)
+
+
 def test_a_model_from_before_weights_could_stand_outside_the_inputs() -> None:
     old = network(opset=7)
     old.ir_version = 3
