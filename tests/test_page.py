@@ -112,6 +112,40 @@ def test_a_damaged_file_is_explained_and_the_next_one_served(page: Page, tmp_pat
     assert not page.visible("#trouble")
 
 
+def test_on_a_narrow_screen_an_error_comes_into_view(page: Page, tmp_path: Path) -> None:
+    page.resize(320, 600)
+    file = tmp_path / "notes.txt"
+    file.write_bytes(b"no image")
+    page.choose_file("#file", file)
+    page.until("document.querySelector('#trouble').checkVisibility()")
+    page.until("document.querySelector('#trouble').getBoundingClientRect().top < innerHeight")
+
+
+def test_the_same_file_can_be_chosen_again(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "cut.png"
+    file.write_bytes(CAT[:40])
+    page.choose_file("#file", file)
+    page.until("document.querySelector('#trouble').checkVisibility()")
+    click(page, "#file")
+    assert page.evaluate("document.querySelector('#file').value") == ""
+
+
+def test_the_plot_appears_when_the_model_is_known_after_the_answer(
+    page: Page, server: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / "dog.png"
+    file.write_bytes(DOG)
+    try:
+        page.call("Network.setBlockedURLs", urls=["*/model"])
+        page.goto(f"{server.url}/")
+        page.choose_file("#file", file)
+        answered(page, "Accepted")
+        assert page.evaluate("document.querySelectorAll('#plot rect').length") == 0
+    finally:
+        page.call("Network.setBlockedURLs", urls=[])
+    page.until("document.querySelectorAll('#plot rect').length === 20")
+
+
 def test_the_keyboard_is_enough(page: Page) -> None:
     for _ in range(12):
         page.press("Tab", 9)

@@ -83,6 +83,7 @@ function describe() {
   byId("facts").textContent = facts.join(" · ");
   const address = new URL("classify", document.baseURI).href;
   byId("curl").textContent = `curl -F image=@photo.jpg ${address}`;
+  plot();
 }
 
 async function listSamples() {
@@ -180,6 +181,7 @@ function trouble(problem) {
   byId("trouble-title").textContent = "Not classified";
   byId("trouble-text").textContent = message;
   byId("trouble-id").textContent = request_id ? `${code} · request ${request_id}` : code;
+  reveal("trouble");
 }
 
 function show(answer) {
@@ -221,8 +223,12 @@ function show(answer) {
     radius("l∞", "Up to this change of every pixel", answer.certificate.linf, answer.accepted),
   );
   byId("json").textContent = JSON.stringify(answer, null, 2);
-  // On a narrow screen the answer lies below the samples.
-  if (byId("verdict").getBoundingClientRect().bottom > window.innerHeight) byId("answer").scrollIntoView();
+  reveal("verdict");
+}
+
+/* On a narrow screen the answer lies below the samples. */
+function reveal(id) {
+  if (byId(id).getBoundingClientRect().bottom > window.innerHeight) byId("answer").scrollIntoView();
 }
 
 function topClass({ class_name, probability }) {
@@ -330,6 +336,8 @@ function take(files) {
   if (file) classify(file, file.name);
 }
 
+// Otherwise the same file, chosen again after an error, would be no change.
+byId("file").addEventListener("click", (event) => { event.target.value = ""; });
 byId("file").addEventListener("change", (event) => take(event.target.files));
 window.addEventListener("paste", (event) => take(event.clipboardData?.files ?? []));
 for (const name of ["dragenter", "dragover"]) {
