@@ -215,6 +215,11 @@ class Guard:
         )
         return list(self.decide(measurement))
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether an image that two rows do not decide gets further ones."""
+        return self._row_threshold() is not None
+
     def decide(self, measurement: Measurement) -> Iterator[Decision]:
         """Turns measurements of B images into decisions: everything but running the model."""
         tests = self._tests(measurement)

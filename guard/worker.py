@@ -254,6 +254,8 @@ class Worker:
         image = self._decode(guard, picture.getvalue())
         for size in {1, self.settings.max_batch}:
             guard.classify(np.stack([image] * size))
+        if guard.needs_rows:  # an undecided image's further rows have a session of their own
+            guard.detector.vjp(image[None], np.zeros((1, guard.detector.num_classes), np.float32))
 
     def _decode(self, guard: "Guard", data: bytes, declared: str | None = None) -> NDArray[np.float32]:
         manifest = guard.bundle.manifest

@@ -21,13 +21,13 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guard import http, images
+from guard import http, images, runtime
 from guard.errors import UsageError
 from guard.http import Edge, RequestError
 from guard.routes import PATHS, Routes
 from guard.settings import Policy
 from guard.worker import Settings, Worker, clean_rejection
-from tests.serving import CAT, DOG, GREY, calibration, colour, error_of, write_bundle
+from tests.serving import CAT, DOG, GREY, SHAPE, calibration, colour, error_of, write_bundle
 
 MAX_BYTES = 200_000
 BODY_CAP = MAX_BYTES + 4096
@@ -440,6 +440,21 @@ def test_the_interface_document_is_complete_and_closed(client: Client) -> None:
     assert {reference.rpartition("/")[2] for reference in references} <= set(schemas)
     answer = client.classify(CAT).json()
     assert set(answer) <= set(schemas["Decision"]["properties"])
+
+
+def test_a_warm_up_leaves_no_session_to_be_built_by_a_request(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(bundle, Settings())
+    worker.load()
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("a session was built after the warm-up")
+
+    monkeypatch.setattr(runtime, "session_of", unexpected)
+    image = np.full((1, *SHAPE), 0.5, np.float32)
+    limits = {"threshold": 1e3, "row_bound": 1e9}  # every row could matter
+    assert worker.guard.detector.measure(image, **limits).rows[0] == worker.guard.detector.num_classes
 
 
 def test_nothing_is_served_before_the_model_is_loaded(bundle: Path) -> None:
