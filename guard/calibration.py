@@ -1,11 +1,13 @@
 """`guard calibrate`: a bundle's detection threshold and radii, fitted and then audited on disjoint folds.
 
-    threshold   the conformal threshold of the score radii       bound of Jacobian rows G, gradient bound L,
-    modulus of continuity omega; levels of `combined` conformal   scale of the conformal radius report
-    realized false positive rate, accuracy, agreement, violations, tightness: looked at, never fitted
+    threshold   the conformal threshold of the score
+    radii       bound of Jacobian rows G, gradient bound L, modulus of continuity omega; levels of `combined`
+    conformal   scale of the conformal radius
+    report      realized false positive rate, accuracy, agreement, violations, tightness: looked at, never
+                fitted
 
-Works on any bundle through onnxruntime alone. Folds, starts and blocks follow the seed; an interrupted run
-goes on where it stopped.
+Works on any bundle through onnxruntime, without torch. Folds, starts and blocks follow the seed; an
+interrupted run goes on where it stopped.
 """
 
 import math
@@ -74,7 +76,8 @@ _PASS = 1.4
 class Settings:
     """What is promised. `fpr` is the clean false positive rate of the detector; with `guarantee` "pac" it
     holds with probability 1 - `delta` over the calibration images, with "marginal" on average over them.
-    `alpha` is the conformal radius's share of accepted images with a successful attack inside.
+    `alpha` is the conformal radius's share of accepted images with a successful attack inside. `seed` fixes
+    folds, blocks and the attacks' random starts.
     """
 
     score: ScoreName = "jacobian"
@@ -285,7 +288,7 @@ class _Run:
         return Measurement(**stages.run(name, indices, piece, cost=_PASS))
 
     def _fit_rows(self, stages: Stages, clean: Measurement) -> Extreme:
-        """G: how long u_i gets, at images and under attack (methods: agreement is checked on top of it)."""
+        """G: how long u_i gets, at images and under attack; `_agreement` checks what hangs on it."""
         indices = self.folds["radii"][: self.effort.row_images]
         radius = first_order_radius(clean.margin, clean.gradient_l2)
         usable = radius[np.isfinite(radius) & (radius > 0)]

@@ -14,9 +14,11 @@ subtracts <v, ∇l(x)> instead, which is at most ||v|| g: ours is never larger, 
     L-bound              M / L,  L >= sup g            (a Lipschitz constant instead of the local gradient)
     first-order radius   rho = M / g                   (omega left out: LIPGEN 3.7; no bound at all)
 
-omega and L are fitted to held-out images (`guard.calibration`), so what is served is an **estimate**; the
-share of held-out images for which an attack still succeeds inside the radius is measured and served beside
-it.
+omega and L are fitted to held-out images (`guard.calibration`), so the omega-bound that is served is an
+**estimate**; the share of held-out images for which an attack still succeeds inside it is measured and served
+beside it. Where calibration images suffice, a **conformal** radius kappa rho is served too: kappa is the
+floor((n + 1) alpha)-th smallest of (smallest attack distance) / rho over n held-out accepted images, so that
+the same attack succeeds strictly inside for a fresh accepted image with probability at most alpha.
 
 omega grows with the image's own scale, so it is tabulated relative to it: eps in units of rho, omega in units
 of M. Then eps g + omega(eps) <= M reads t + omega(t) <= 1 with t = eps / rho. A table may have several rows,
@@ -125,7 +127,7 @@ def first_order_radius(margin: ArrayLike, gradient_norm: ArrayLike) -> Floats:
 
 
 def l_bound(margin: ArrayLike, lipschitz: float) -> Floats:
-    """M / L_q, (B,) (SCALE Prop. 2.2). An estimate as L is fitted; 0 where the margin is NaN or L is 0."""
+    """M / L_q, (B,) (SCALE Prop. 2.2). An estimate, as L is fitted; 0 where the margin is NaN or L is 0."""
     m = np.asarray(margin, dtype=np.float64)
     return np.where((m > 0) & (lipschitz > 0), m / (lipschitz or 1.0), 0.0)
 
@@ -134,8 +136,9 @@ def omega_radius(margin: ArrayLike, gradient_norm: ArrayLike, table: OmegaTable)
     """The omega-bound, (B,): the largest eps with eps ||grad M||_{q*} + omega(eps) <= M, rounded down.
 
     Between two grid points omega is taken at the upper one, and nothing is stated beyond the grid's end or
-    the table's reach. Never grows when the margin falls or the gradient grows, within a bin. 0 where the
-    margin or the gradient is NaN, infinite or not positive. Status: estimate.
+    the table's reach, which is also what a gradient of 0 gives. Never grows when the margin falls or the
+    gradient grows, within a bin. 0 where either is NaN, infinite or negative, or the margin is 0. Status:
+    estimate.
     """
     m, g = (
         np.atleast_1d(np.asarray(margin, dtype=np.float64)),

@@ -77,7 +77,7 @@ class DetectorResult(Answer):
 
     `score` is left out where it is infinite or undefined, and where the operator does not expose scores.
     `tests` is there for a combined detector, whose score is the largest ratio of a test's score to its
-    threshold.
+    threshold, so that `threshold` is 1.
     """
 
     name: str
@@ -160,7 +160,9 @@ class Decision(Answer):
 class Guard:
     """A calibrated bundle, ready to decide. Safe to call from several threads.
 
-    Raises `BundleError` where the bundle is not calibrated, or its parts do not belong together.
+    `policy` is what the operator demands on top; its least radii are compared with the radius that stands
+    first, of the strongest kind. Raises `BundleError` where the bundle is not calibrated, or its parts do not
+    belong together.
     """
 
     def __init__(self, bundle: Bundle, detector: Detector, policy: Policy) -> None:

@@ -7,8 +7,9 @@ predicted class c and runner-up r, the row of cotangent e_i - p is u_i = ∇z_i 
     ∇(z_c - z_r) = u_c - u_r            gradient of the logit margin
     ∇(p_c - p_r) = p_c u_c - p_r u_r    gradient of the probability margin
 
-so two backward rows give both margins' gradients and the two Jacobian rows that can be long. Rows are taken
-in logit space, where no digits are lost to tiny probabilities.
+so two backward rows give both margins' gradients and the Jacobian rows of the two top classes, as a rule the
+longest; `guard.runtime` computes further rows that could matter. Rows are taken in logit space, where no
+digits are lost to tiny probabilities.
 """
 
 from collections.abc import Callable
@@ -41,9 +42,10 @@ def guarded_model(model: onnx.ModelProto, score: Score, *, provider: Provider = 
 
     Input `images` (B, C, H, W). Outputs, over the batch: `logits` and `probabilities` (B, K); `margin` (B,)
     the logit margin; `gradient_l2` and `gradient_l1` (B,) the norms of its gradient; `jacobian` (B,) the
-    longest Jacobian row computed; `probability_gradient_l2` and `probability_gradient_l1` (B,) the norms of
-    the probability margin's gradient. With `margin-gradient`, which computes one row, the last three are
-    left out.
+    longest of the Jacobian rows of the two top classes (of all rows with `jacobian-full` and at most
+    `UNROLLED_CLASSES` classes); `probability_gradient_l2` and `probability_gradient_l1` (B,) the norms of the
+    probability margin's gradient. With `margin-gradient`, which computes one row, the last three are left
+    out.
     """
     graph = Graph(model, provider=provider)
     classes = number_of_classes(graph)

@@ -1,8 +1,8 @@
 """Running guarded graphs in onnxruntime: one pass gives prediction, margins, gradient norms, Jacobian norm.
 
-`Detector.measure` decides as the full Jacobian would: the two rows that can be long come with the forward
-pass; every other row i is at most p_i G long, so only rows with p_i G above the threshold are computed, for
-the images they could still reject.
+`Detector.measure` computes what decides as the full Jacobian would: the rows of the two top classes come with
+the forward pass; every other row i is at most p_i G long (as far as G, which is fitted, holds), so only rows
+with p_i G above the threshold are computed, for the images they could still reject.
 """
 
 import io
@@ -150,7 +150,7 @@ class Detector:
         With `threshold` t and `row_bound` G (an estimate of max_i ||u_i||, fitted at calibration), rows
         beyond the first two are computed where p_i G > t could still reject an image; without, two rows
         stand (all of them with `jacobian-full`). An image with a pixel that is NaN or infinite measures NaN
-        throughout.
+        throughout. Raises `DataError` for images of another shape.
         """
         chunks = self._chunks(images)
         return Measurement.concatenate([self._measure(chunk, threshold, row_bound) for chunk in chunks])
