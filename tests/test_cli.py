@@ -332,6 +332,17 @@ def test_graph_says_how_to_decide_by_its_outputs(tmp_path: Path, capsys: Capture
     assert "reject" not in capsys.readouterr().out
 
 
+def test_graph_refuses_more_rows_than_it_can_hold(tmp_path: Path, capsys: Captured) -> None:
+    onnx.save(convolutional(classes=40, scale=1.5), tmp_path / "net.onnx")
+    assert main(["wrap", "net.onnx", "--out", "b"]) == 0
+    capsys.readouterr()
+    assert main(["graph", "b", "--out", "g.onnx", "--score", "jacobian-full"]) == 2
+    assert one_line_error(capsys).startswith(
+        "score jacobian-full needs all 40 rows, and one graph holds at most 32."
+    )
+    assert not (tmp_path / "g.onnx").exists()
+
+
 def guard_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "guard", *words]
 

@@ -29,9 +29,9 @@ Its input is `images` (B, C, H, W) in [0, 1]; its outputs are logits, margins,
 gradient norms and the Jacobian norm of each image. What the calibration says
 of them stands in the file's metadata, under `guard.`.
 
-But for jacobian-full, the norm is that of the two most probable classes' rows;
-row i can exceed a threshold only where probability i times `guard.row_bound`
-does.""",
+But for jacobian-full, which takes at most 32 classes, the norm is that of the
+two most probable classes' rows; row i can exceed a threshold only where
+probability i times `guard.row_bound` does.""",
         example="""\
 guard graph --out cifar10-guarded.onnx
 guard graph models/resnet50 --out guarded.onnx --score radius --provider cuda""",
@@ -48,13 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
     import onnx
 
     from guard import bundle as bundles
+    from guard.errors import UsageError
     from guard.files import write_bytes
-    from guard.guarded import GRAPH_VERSION, guarded_model
+    from guard.guarded import GRAPH_VERSION, UNROLLED_CLASSES, guarded_model
     from guard.runtime import load_model, session_of
 
     bundle = bundles.load(chosen_bundle(arguments), graph_version=GRAPH_VERSION)
     calibration = bundle.calibration
     score = arguments.score or ("jacobian" if calibration is None else calibration.score)
+    classes = len(bundle.manifest.class_names)
+    if score == "jacobian-full" and classes > UNROLLED_CLASSES:
+        raise UsageError(
+            f"score jacobian-full needs all {classes} rows, and one graph holds at most {UNROLLED_CLASSES}. "
+            "Give another --score: jacobian holds two rows, and says for which images more could matter."
+        )
     model = guarded_model(load_model(bundle.model), score, provider=arguments.provider)
     facts = {
         "score": score,
