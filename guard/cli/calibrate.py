@@ -31,8 +31,8 @@ calibration.json into it.
 
 The images are split by the seed: a quarter sets the threshold, a quarter
 fits the radii, half only reports what came of it. They must not be images
-that the model was trained on. An interrupted calibration goes on where it
-stopped when the same command is given again.""",
+that the model was trained on; 76 are the least at --fpr 0.05. An interrupted
+calibration goes on where it stopped when the same command is given again.""",
         example="""\
 guard calibrate --val cifar10
 guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
@@ -45,7 +45,11 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
         help="held-out images: a known data set's name (its test set), an .npz file, or a folder",
     )
     parser.add_argument(
-        "--fpr", type=_share, default=0.05, metavar="F", help="clean images rejected (default: 0.05)"
+        "--fpr",
+        type=_share,
+        default=0.05,
+        metavar="F",
+        help="share of clean images that may be rejected (default: 0.05)",
     )
     parser.add_argument(
         "--score",
@@ -66,7 +70,9 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
         metavar="P",
         help="with --guarantee pac, the share of calibration sets it may fail for (default: 0.05)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the split and the attacks (default: 0)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of the split and the attacks (default: 0)"
+    )
     parser.add_argument(
         "--effort",
         type=_effort,
@@ -189,5 +195,5 @@ def _effort(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, such as 0.5, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 100, such as 0.5, not {text!r}")
     return value

@@ -41,7 +41,11 @@ guard certify cifar10 --out cifar10.jsonl""",
         help="image files, folders of them, .npz files or known data sets; before them, where the first "
         "is one, a bundle (default: $GUARD_MODEL, then models/cifar10)",
     )
-    parser.add_argument("--format", choices=FORMATS, help="(default: by the name of --out, else jsonl)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="(default: by the name of --out, else jsonl); parquet needs the package pyarrow",
+    )
     parser.add_argument("--out", type=Path, metavar="F", help="file to write (default: standard output)")
     add_provider(parser)
     add_threads(parser)

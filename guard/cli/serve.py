@@ -20,7 +20,7 @@ Serve a calibrated bundle over HTTP, by `bentoml serve`. A page at / tries it;
 POST /classify answers programs.
 
 GUARD_MIN_RADIUS_L2, GUARD_MIN_RADIUS_LINF and GUARD_EXPOSE_SCORES=0 make it
-stricter; no request can change them.""",
+stricter; no request can change them. docs/http.md lists all settings.""",
         example="""\
 guard serve
 guard serve models/resnet50 --port 8080 --host 0.0.0.0""",

@@ -57,7 +57,9 @@ guard calibrate models/resnet50 --val photos/""",
     outputs.add_argument("--output", metavar="NAME", help="which output holds them, where there are several")
 
     uploads = parser.add_argument_group(
-        "how an upload becomes an input (default: --crop 0.875 from 128 pixels)"
+        "how an upload becomes an input",
+        "Default: --crop 0.875 for square inputs from 128 pixels a side on, --crop 1\n"
+        "for smaller ones, --stretch for others.",
     )
     uploads.add_argument(
         "--resize",
