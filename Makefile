@@ -8,8 +8,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 help:
 	@echo "make install   the base install in .venv, without torch"
-	@echo "make serve     install, then serve models/cifar10 on port $(PORT) (PORT= overrides)"
-	@echo "make test      install everything in .venv-dev and run the tests"
+	@echo "make serve     install, then serve GUARD_MODEL, else models/cifar10, on port $(PORT) (PORT= overrides)"
+	@echo "make test      install everything in .venv-dev and run the tests (ARGS= goes to pytest)"
 	@echo "make lint      ruff and mypy, in .venv-dev"
 	@echo "make clean     remove both environments and caches"
 

@@ -107,10 +107,11 @@ def calibrate(
     """Calibrates the bundle in `folder` on held-out images and writes `calibration.json` (and the card) into
     it.
 
-    `dataset` must not overlap with the model's training images; labels are needed for accuracy alone. An
-    earlier calibration is replaced at once, when all is done. Raises `DataError` where images do not fit the
-    model, `CalibrationError` where they are too few or the model's numbers are unusable, `BundleError` for
-    the bundle.
+    `dataset` must not overlap with the model's training images; labels are needed for accuracy alone.
+    `provider` and `threads` are those of `guard.runtime.Detector`; `arguments` go to the provenance; `silent`
+    shows no progress. An earlier calibration is replaced at once, when all is done. Raises `DataError` where
+    images do not fit the model, `CalibrationError` where they are too few or the model's numbers are
+    unusable, `BundleError` for the bundle, and what `Detector` raises.
     """
     found = bundle.load(folder, recalibrating=True)  # whatever its old one is, it is replaced
     _check(dataset, found, settings)

@@ -200,7 +200,8 @@ class Guard:
     ) -> Self:
         """Loads and checks the bundle in the folder `path`; `policy` is the environment's where not given.
 
-        `provider` and `threads` are those of `guard.runtime.Detector`.
+        `provider` and `threads` are those of `guard.runtime.Detector`. Raises `BundleError` for the bundle,
+        `UsageError` for the environment, and what `Detector` raises.
         """
         bundle = bundles.load(path, graph_version=GRAPH_VERSION)
         score = bundle.calibrated().score

@@ -45,7 +45,7 @@ def guarded_model(model: onnx.ModelProto, score: Score, *, provider: Provider = 
     longest of the Jacobian rows of the two top classes (of all rows with `jacobian-full` and at most
     `UNROLLED_CLASSES` classes); `probability_gradient_l2` and `probability_gradient_l1` (B,) the norms of the
     probability margin's gradient. With `margin-gradient`, which computes one row, the last three are left
-    out.
+    out. Raises `ModelError` for a model that is no such classifier or cannot be differentiated.
     """
     graph = Graph(model, provider=provider)
     classes = number_of_classes(graph)

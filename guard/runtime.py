@@ -112,7 +112,8 @@ class Detector:
     `provider` "auto" takes CUDA where it truly loads, else CPU, and says so in the log; "cuda" raises
     `ModelError` where it does not load. `threads` are used on CPU (0: one per core), `chunk` is the largest
     batch of one onnxruntime call (by default what `CHUNK` and `CHUNK_PIXELS` allow): larger batches are
-    split, so memory stays bounded.
+    split, so memory stays bounded. Raises `UnsupportedOperatorError` or `ModelError` for a model that cannot
+    be differentiated.
     """
 
     def __init__(
