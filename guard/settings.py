@@ -30,8 +30,8 @@ class Policy:
     """What an operator demands beyond the calibrated detector.
 
     `min_radius_l2`, `min_radius_linf`: accept only images whose radius is at least this (pixels, [0, 1]
-    scale); None: off. `expose_scores`: whether answers carry the detector's score and all digits of the
-    radii, which tell an attacker in which direction to go.
+    scale); None: off. `expose_scores`: whether answers carry the detector's score and all digits of
+    margin and radii, which tell an attacker in which direction to go.
     """
 
     min_radius_l2: float | None = None

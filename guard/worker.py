@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 RETRY = {"Retry-After": "1"}
 
+COMMAND_LINES: dict[str, Any] = {"arguments": True, "training": {"provenance": {"arguments"}}}
+"""What of a manifest's provenance `/model` leaves out: paths on the machine that made the bundle."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -198,7 +201,7 @@ class Worker:
             name=manifest.name,
             digest=guard.bundle.digest,
             provider=guard.detector.provider,
-            manifest=manifest.model_dump(mode="json"),
+            manifest=manifest.model_dump(mode="json", exclude={"provenance": COMMAND_LINES}),
             calibration=calibration.model_dump(mode="json", exclude=unneeded),
             policy=PolicyAnswer(
                 min_radius_l2=policy.min_radius_l2,

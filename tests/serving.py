@@ -112,6 +112,11 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
         input=InputShape(channels=channels, height=height, width=width),
         class_names=CLASSES,
         files=digests(folder),
+        provenance={
+            "commit": "c0ffee",
+            "arguments": {"out": "/home/me"},
+            "training": {"provenance": {"seed": 0, "arguments": {"out": "/home/me"}}},
+        },
     )
     (folder / MANIFEST).write_bytes(dump(manifest))
     return folder

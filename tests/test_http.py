@@ -406,6 +406,8 @@ def test_model_describes_manifest_calibration_and_policy(client: Client) -> None
     assert answer["calibration"]["threshold"] == 0.2
     assert sum(answer["calibration"]["histogram"]["counts"]) == 100
     assert "omega" not in answer["calibration"]["l2"]
+    # where things lie on the machine that made the bundle is nobody's business
+    assert answer["manifest"]["provenance"] == {"commit": "c0ffee", "training": {"provenance": {"seed": 0}}}
     assert answer["policy"] == {
         "min_radius_l2": None,
         "min_radius_linf": None,
