@@ -32,15 +32,15 @@ from guard.runtime import Detector, session_of
 FLOP_LIMITS = {"two rows (jacobian)": "3", "one row (margin-gradient)": "2", "all rows, one graph": "1 + K"}
 
 
-def network(name: str) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
+def network(name: str, classes: int | None = None) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     """A classifier with random weights in evaluation mode, its input shape and number of classes."""
     torch.manual_seed(0)
     if name == "cifar-resnet18":
-        net = torchvision.models.resnet18(num_classes=10)
+        net = torchvision.models.resnet18(num_classes=classes or 10)
         net.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         net.maxpool = torch.nn.Identity()
-        return net.eval(), (3, 32, 32), 10
-    return torchvision.models.resnet50().eval(), (3, 224, 224), 1000
+        return net.eval(), (3, 32, 32), classes or 10
+    return torchvision.models.resnet50(num_classes=classes or 1000).eval(), (3, 224, 224), classes or 1000
 
 
 def exported(net: torch.nn.Module, shape: tuple[int, int, int]) -> onnx.ModelProto:
@@ -98,11 +98,13 @@ def contenders(
     return found
 
 
-def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, classes: int | None, batches: list[int], repeats: int, threads: int
+) -> list[dict[str, Any]]:
     """One row per batch size and contender: median milliseconds, median ratio to bare and its quartiles."""
     torch.set_num_threads(threads)
-    net, shape, classes = network(name)
-    timed = contenders(net, shape, classes, threads, rows=classes <= 32)
+    net, shape, classes = network(name, classes)
+    timed = contenders(net, shape, classes, threads, rows=name == "cifar-resnet18" and classes <= 32)
     rng = np.random.default_rng(0)
     table = []
     for batch in batches:
@@ -124,6 +126,7 @@ def measure(name: str, batches: list[int], repeats: int, threads: int) -> list[d
             table.append(
                 {
                     "network": name,
+                    "classes": classes,
                     "batch": batch,
                     "what": key,
                     "milliseconds": round(1e3 * statistics.median(values), 3),
@@ -141,12 +144,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=["cifar-resnet18", "resnet50"], default="cifar-resnet18")
+    parser.add_argument("--classes", type=int, help="(default: 10, and 1000 for resnet50)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    table = measure(given.network, given.batches, given.repeats, given.threads)
+    table = measure(given.network, given.classes, given.batches, given.repeats, given.threads)
     for row in table:
         low, high = row["quartiles"]
         print(
