@@ -298,7 +298,7 @@ class TestFailures:
             ({"regularizers": ("tulp",)}, "unknown regularizer 'tulp'"),
             (
                 {"regularizers": ("tv-l2:eps=0.1", "tulip:eps=0.1,weight=1")},
-                "tv-l2:eps=0.1 and tulip:eps=0.1,weight=1 both train on shifted images",
+                "tv-l2:eps=0.1 and tulip:eps=0.1,weight=1 each train on other points",
             ),
         ],
     )

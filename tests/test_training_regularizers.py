@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guard.errors import UsageError
-from guard.training import regularizers
-from guard.training.regularizers import Passes, image_norms, parse, regularized_loss
+from guard.training.grammar import REGULARIZERS, parse, parse_all, regularized_loss
+from guard.training.passes import Passes
+from guard.training.regularizers import image_norms
 
 ALL = (
     "none",
@@ -290,12 +291,8 @@ class TestCombinations:
         assert calls == [6, 1, 6, 6]  # the images, the steepest one, one shift per penalty
 
     def test_two_replacements_of_the_images_are_refused(self) -> None:
-        model, _ = two_class_model()
-        images, labels = batch()
         with pytest.raises(UsageError, match="choose one"):
-            regularized_loss(
-                [parse("tv-l2:eps=1"), parse("tulip:eps=1,weight=1")], Passes(model, images, labels)
-            )
+            parse_all(["tv-l2:eps=1", "tulip:eps=1,weight=1"])
 
 
 class TestPasses:
@@ -323,14 +320,17 @@ class TestPasses:
 
 class TestParse:
     def test_every_regularizer_says_what_it_needs(self) -> None:
-        for name in set(regularizers.REGULARIZERS) - {"none"}:
+        for name in set(REGULARIZERS) - {"none"}:
             with pytest.raises(UsageError, match=f"{name} needs .* as in {name}:"):
                 parse(name)
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("tulp:eps=1", "unknown regularizer 'tulp': expected one of none, tv-l2, lipschitz, tulip"),
+            (
+                "tulp:eps=1",
+                "'tulp': expected one of none, tv-l2, tv-l1, lipschitz, tulip",
+            ),
             ("tulip:eps=1,lambda=1", "no hyperparameter 'lambda': it takes eps, weight, h"),
             ("none:eps=1", "it takes none"),
             ("tulip:eps=1", "needs weight"),

@@ -1,7 +1,7 @@
 """Everything a run needs to go on exactly where it stopped, in one file that is never half-written."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Checkpoint:
     """The state before step `step` of epoch `epoch`, both counted from 0.
 
     `sums` adds up the epoch's metrics so far, `seconds` the time spent training; `random_state` and
-    `cuda_random_state` are torch's global ones.
+    `cuda_random_state` are torch's global ones; `state` is what regularizers keep from step to step.
     """
 
     epoch: int
@@ -30,6 +30,7 @@ class Checkpoint:
     sums: dict[str, float]
     seconds: float
     cuda_random_state: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

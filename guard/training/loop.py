@@ -23,7 +23,8 @@ from guard import files
 from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
 from guard.progress import Progress
-from guard.training import architectures, augment, checkpoint, regularizers, schedules
+from guard.training import architectures, augment, checkpoint, grammar, schedules
+from guard.training.passes import Passes
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -59,6 +60,7 @@ class Settings:
     cutout: int = 8
     held_out: int = 1000
     precision: Precision = "float32"
+    compile: bool = False
     seed: int = 0
 
     def check(self) -> None:
@@ -69,7 +71,7 @@ class Settings:
                 raise UsageError(f"{flag} is {value}: expected {expected}.")
 
         architectures.builder(self.architecture)
-        regularizers.parse_all(self.regularizers)
+        grammar.parse_all(self.regularizers)
         demand(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         demand(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more")
         rate = self.learning_rate
@@ -121,7 +123,7 @@ def train(
     stays) or a checkpoint cannot be read or written.
     """
     settings.check()
-    bound = regularizers.parse_all(settings.regularizers)
+    bound = grammar.parse_all(settings.regularizers)
     batches = Batches(dataset, settings, device)
     if test is not None and test.images.shape[1:] != dataset.images.shape[1:]:
         raise DataError(
@@ -209,7 +211,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        bound: Sequence[regularizers.Regularizer],
+        bound: Sequence[grammar.Regularizer],
         batches: Batches,
         settings: Settings,
         path: Path,
@@ -217,6 +219,9 @@ class Run:
         self.model = model
         self.optimizer = _optimizer(model, settings)
         self.regularizers = bound
+        self.replays = max((regularizer.replays for regularizer in bound), default=1)
+        self.compiled = torch.compile(model) if settings.compile else None
+        self.state: dict[str, Tensor] = {}
         self.batches = batches
         self.settings = settings
         self.path = path
@@ -238,6 +243,7 @@ class Run:
         if state.cuda_random_state is not None and self.batches.images.is_cuda:
             torch.cuda.set_rng_state(state.cuda_random_state)
         self.epoch, self.step, self.sums, self.seconds = state.epoch, state.step, state.sums, state.seconds
+        self.state = {name: value.to(self.batches.images.device) for name, value in state.state.items()}
 
     def save(self) -> None:
         """Writes the checkpoint; raises `TrainingError` instead where weights are not finite."""
@@ -256,6 +262,7 @@ class Run:
             random_state=torch.get_rng_state(),
             sums=self.sums,
             seconds=self.seconds,
+            state=self.state,
             cuda_random_state=cuda,
         )
         checkpoint.save(state, self.path)
@@ -286,10 +293,19 @@ class Run:
 
     def one_step(self, learning_rate: float) -> Metrics:
         """One batch: its passes, the weights' gradient, the update; returns the step's metrics."""
-        images, labels, generator = self.batches.at(self.epoch, self.step)
+        images, labels, generator = self.batches.at(self.epoch, self.step // self.replays)
         autocast = torch.bfloat16 if self.settings.precision == "bf16" else None
-        passes = regularizers.Passes(self.model, images, labels, generator=generator, autocast=autocast)
-        loss, terms = regularizers.regularized_loss(self.regularizers, passes)
+        passes = Passes(
+            self.model,
+            images,
+            labels,
+            generator=generator,
+            autocast=autocast,
+            compiled=self.compiled,
+            progress=self.progress(),
+            state=self.state,
+        )
+        loss, terms = grammar.regularized_loss(self.regularizers, passes)
         metrics = {name: value.item() for name, value in terms.items()}
         if not math.isfinite(metrics["loss"]):
             found = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
@@ -299,6 +315,8 @@ class Run:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        for call in passes.after_backward:
+            call()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -309,11 +327,14 @@ class Run:
 
     def learning_rate(self) -> float:
         """The step's rate: the schedule at its middle, so that neither the first nor the last is 0."""
-        done = self.epoch * self.batches.steps + self.step + 0.5
-        progress = done / (self.settings.epochs * self.batches.steps)
         return self.settings.learning_rate * schedules.share(
-            self.settings.schedule, progress, self.settings.warmup
+            self.settings.schedule, self.progress(), self.settings.warmup
         )
+
+    def progress(self) -> float:
+        """The share of training that is done at the middle of the current step."""
+        done = self.epoch * self.batches.steps + self.step + 0.5
+        return done / (self.settings.epochs * self.batches.steps)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:

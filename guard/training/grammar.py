@@ -1,0 +1,195 @@
+"""Regularizers as they are written: `tulip:eps=0.01,weight=0.1`, several side by side.
+
+A hyperparameter is a number (0.1), a fraction (8/255), or a ramp `0.8..8@0.2..0.8`: 0.8 during the first
+fifth of training, 8 during the last, straight in between.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from guard.errors import UsageError
+from guard.training import baselines, manifold, regularizers
+from guard.training.passes import Passes, RegularizedLoss
+
+REGULARIZERS: dict[str, Callable[..., RegularizedLoss]] = {
+    "none": regularizers.none,
+    "tv-l2": regularizers.tv_l2,
+    "tv-l1": regularizers.tv_l1,
+    "lipschitz": regularizers.lipschitz,
+    "tulip": regularizers.tulip,
+    "gradient-penalty-l2": regularizers.gradient_penalty_l2,
+    "gradient-penalty-l1": regularizers.gradient_penalty_l1,
+    "tv-l2-exact": regularizers.tv_l2_exact,
+    "tv-l1-exact": regularizers.tv_l1_exact,
+    "lipschitz-exact": regularizers.lipschitz_exact,
+    "tulip-exact": regularizers.tulip_exact,
+    "gradient-penalty-l2-exact": regularizers.gradient_penalty_l2_exact,
+    "gradient-penalty-l1-exact": regularizers.gradient_penalty_l1_exact,
+    "stability": manifold.stability,
+    "hamming": manifold.hamming,
+    "dense-manifold": manifold.dense_manifold,
+    "adversarial-l2": baselines.adversarial_l2,
+    "adversarial-linf": baselines.adversarial_linf,
+    "free-linf": baselines.free_linf,
+    "gaussian": baselines.gaussian,
+}
+
+_READS_ACTIVATIONS = frozenset({"hamming"})
+
+# These train on other points in place of the images, so that only one of them can be chosen.
+_ELSEWHERE = frozenset(
+    {"tv-l2", "tv-l1", "tulip", "adversarial-l2", "adversarial-linf", "free-linf", "gaussian"}
+)
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A hyperparameter that goes straight from `start` to `end` between two shares of training."""
+
+    start: float
+    end: float
+    begins: float
+    ends: float
+
+    def at(self, progress: float) -> float:
+        """The value when the share `progress` of training is done."""
+        done = (progress - self.begins) / (self.ends - self.begins)
+        return self.start + (self.end - self.start) * min(max(done, 0.0), 1.0)
+
+
+Value = float | int | str | Ramp
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """A regularizer with its hyperparameters."""
+
+    name: str
+    settings: Mapping[str, Value]
+
+    def __call__(self, passes: Passes) -> RegularizedLoss:
+        """The regularizer's part of a batch's loss, at the passes' progress."""
+        return REGULARIZERS[self.name](passes, **self.at(passes.progress))
+
+    def at(self, progress: float) -> dict[str, float | int | str]:
+        """The hyperparameters when the share `progress` of training is done."""
+        return {
+            key: value.at(progress) if isinstance(value, Ramp) else value
+            for key, value in self.settings.items()
+        }
+
+    @property
+    def replays(self) -> int:
+        """How many steps in a row use one batch."""
+        default = signature(REGULARIZERS[self.name]).parameters.get("replays")
+        return 1 if default is None else int(self.at(0).get("replays", default.default))
+
+    @property
+    def trains_elsewhere(self) -> bool:
+        """Whether the network is trained on other points in place of the images."""
+        return self.name in _ELSEWHERE and self.settings.get("form") != "penalty"
+
+
+def parse(text: str) -> Regularizer:
+    """The regularizer that `tulip:eps=0.01,weight=0.1` names, with its hyperparameters.
+
+    Raises `UsageError` for an unknown name or hyperparameter, listing the known ones, and for a value that is
+    missing or means nothing.
+    """
+    name, _, settings = text.partition(":")
+    if name not in REGULARIZERS:
+        raise UsageError(f"unknown regularizer {name!r}: expected one of {', '.join(REGULARIZERS)}.")
+    known = dict(list(signature(REGULARIZERS[name]).parameters.items())[1:])
+    bound: dict[str, Value] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UsageError(f"regularizer {name} has no hyperparameter {key!r}: {takes}.")
+        if key in bound:
+            raise UsageError(f"regularizer {text!r} gives {key} twice.")
+        bound[key] = _value(name, known[key], value)
+    missing = [key for key, entry in known.items() if entry.default is Parameter.empty and key not in bound]
+    if missing:
+        example = ",".join(f"{key}=0.1" for key in missing)
+        raise UsageError(f"regularizer {name} needs {' and '.join(missing)}, as in {name}:{example}")
+    return Regularizer(name, bound)
+
+
+def parse_all(texts: Sequence[str]) -> list[Regularizer]:
+    """Every text parsed; raises `UsageError` also, before any training, where two cannot be combined."""
+    parsed = [parse(text) for text in texts]
+    elsewhere = [
+        text for text, regularizer in zip(texts, parsed, strict=True) if regularizer.trains_elsewhere
+    ]
+    if len(elsewhere) > 1:
+        raise UsageError(
+            f"{' and '.join(elsewhere)} each train on other points in place of the images: choose one."
+        )
+    return parsed
+
+
+def regularized_loss(chosen: Sequence[Regularizer], passes: Passes) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scalar to minimize, and detached scalars for the log: `loss`, `data` and all regularizers' terms.
+
+    The data term is the mean loss at the images, or the one that a regularizer trains on instead; penalties
+    are added to it. At most one of `chosen` may train on other points.
+    """
+    passes.recording = any(regularizer.name in _READS_ACTIVATIONS for regularizer in chosen)
+    parts = [regularizer(passes) for regularizer in chosen]
+    elsewhere = [part.data for part in parts if part.data is not None]
+    data = elsewhere[0] if elsewhere else passes.clean.losses.mean()
+    loss = torch.stack([data, *(part.penalty for part in parts if part.penalty is not None)]).sum()
+    terms = {name: value for part in parts for name, value in part.terms.items()}
+    return loss, {"loss": loss.detach(), "data": data.detach(), **terms}
+
+
+def _value(name: str, parameter: Parameter, text: str) -> Value:
+    choices = [choice for choice in get_args(parameter.annotation) if isinstance(choice, str)]
+    if choices:
+        if text not in choices:
+            raise UsageError(f"regularizer {name}: {parameter.name} is {text!r}, not {' or '.join(choices)}.")
+        return text
+    if parameter.annotation is int:
+        if not text.isdecimal() or int(text) == 0:
+            raise UsageError(f"regularizer {name}: {parameter.name} is {text!r}, not a whole number above 0.")
+        return int(text)
+    if ".." in text:
+        return _ramp(name, parameter, text)
+    return _number(name, parameter, text)
+
+
+def _ramp(name: str, parameter: Parameter, text: str) -> Ramp:
+    values, _, shares = text.partition("@")
+    start, _, end = values.partition("..")
+    begins, between, ends = (shares or "0..1").partition("..")
+    try:
+        ramp = Ramp(
+            _number(name, parameter, start), _number(name, parameter, end), float(begins), float(ends)
+        )
+    except ValueError:
+        ramp = None
+    if ramp is None or not between or not 0 <= ramp.begins < ramp.ends <= 1:
+        raise UsageError(
+            f"regularizer {name}: {parameter.name} is {text!r}; a ramp is written FROM..TO@BEGIN..END, the "
+            "last two shares of training from 0 to 1, as in 0.8..8@0.2..0.8."
+        )
+    return ramp
+
+
+def _number(name: str, parameter: Parameter, text: str) -> float:
+    upper, divided, lower = text.partition("/")
+    try:
+        number = float(upper) / float(lower) if divided else float(text)
+    except (ValueError, ZeroDivisionError):
+        number = float("nan")
+    positive = parameter.name in ("h", "scale", "step")  # these divide, or lead nowhere
+    if not 0 <= number < float("inf") or (positive and number == 0):
+        kind = "above 0" if positive else "of 0 or more"
+        raise UsageError(f"regularizer {name}: {parameter.name} is {text!r}, not a number {kind}.")
+    return number

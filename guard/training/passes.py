@@ -1,0 +1,235 @@
+"""One training batch and the passes made over it, which regularizers share."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Output:
+    """One pass: `logits` (B, K) and `losses` (B,), every image's cross-entropy, both float32 or wider.
+
+    `activations` are the inputs of every ReLU in the order of the pass, where they were recorded.
+    """
+
+    logits: Tensor
+    losses: Tensor
+    activations: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class RegularizedLoss:
+    """What one regularizer makes of a batch.
+
+    `penalty`, a scalar with its weight, is added to the data term. `data`, where given, is the data term: the
+    mean loss at other points, on which the network is trained instead of the images. `terms` are detached
+    scalars for the log.
+    """
+
+    penalty: Tensor | None = None
+    data: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Pair(NamedTuple):
+    """Passes over x + rho and x - rho; `corners` (B, C, H, W) is rho."""
+
+    plus: Output
+    minus: Output
+    corners: Tensor
+
+
+class Passes:
+    """One training batch, images (B, C, H, W) in [0, 1] and labels (B,), and the passes made over it.
+
+    Passes normalize by the statistics of their own batch; the first over the images or the points trained on
+    updates BatchNorm's running statistics, no other. Losses are never narrower than float32.
+
+    `generator` is the source of all that regularizers draw; `autocast` is the type that convolutions and
+    products are computed in, None for the model's own. `compiled` is the model through `torch.compile`, used
+    wherever neither second derivatives nor activations are asked for. `progress` is the share of training
+    that is done. `state` carries what a regularizer keeps from step to step, `after_backward` what is to be
+    called once the loss has been differentiated. The batch may be one of `parts` equal ones whose gradients
+    are averaged: a sum over the batch is multiplied by `parts`, so that the average is the sum over all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        autocast: torch.dtype | None = None,
+        compiled: Callable[[Tensor], Tensor] | None = None,
+        progress: float = 0.0,
+        state: dict[str, Tensor] | None = None,
+        parts: int = 1,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.labels = labels
+        self.generator = generator
+        self.autocast = autocast
+        self.progress = progress
+        self.state = {} if state is None else state
+        self.parts = parts
+        self.recording = False
+        self.after_backward: list[Callable[[], None]] = []
+        self._compiled = compiled or model
+        self._updated = False
+        self._clean: Output | None = None
+        self._gradient: Tensor | None = None
+        self._exact_gradient: Tensor | None = None
+        self._pairs: dict[float, Pair] = {}
+
+    def at(self, points: Tensor, *, plain: bool = False, update: bool = True) -> Output:
+        """A pass over `points` (B, C, H, W) with the batch's labels.
+
+        `plain` passes go through the model as it was written. The first pass with `update` updates
+        BatchNorm's running statistics.
+        """
+        with (
+            _statistics(self.model, update=update and not self._updated),
+            torch.autocast(points.device.type, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
+            logits = (self.model if plain else self._compiled)(points)
+        self._updated |= update
+        return _output(logits, self.labels)
+
+    def as_served(self, points: Tensor, labels: Tensor) -> Output:
+        """A pass in inference mode and full precision, for points too few to be a batch of their own."""
+        modes = {layer: layer.training for layer in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.autocast(points.device.type, enabled=False):
+                logits = self.model(points)
+        finally:
+            for layer, mode in modes.items():
+                layer.training = mode
+        return _output(logits, labels)
+
+    @property
+    def clean(self) -> Output:
+        """The pass over the images themselves."""
+        if self._clean is None:
+            self._clean = self.at(self.images)
+        return self._clean
+
+    @property
+    def gradient(self) -> Tensor:
+        """The rows g_i, (B, C, H, W), detached."""
+        if self._gradient is None:
+            points = self.images.detach().requires_grad_()
+            self._clean = self.at(points)
+            (gradient,) = torch.autograd.grad(self._clean.losses.sum(), points, retain_graph=True)
+            self._gradient = gradient.detach()
+        return self._gradient
+
+    @property
+    def exact_gradient(self) -> Tensor:
+        """The rows g_i, (B, C, H, W), differentiable by the weights (double backpropagation)."""
+        if self._exact_gradient is None:
+            points = self.images.detach().requires_grad_()
+            self._clean = self.at(points, plain=True)
+            (gradient,) = torch.autograd.grad(self._clean.losses.sum(), points, create_graph=True)
+            self._exact_gradient = gradient
+            self._gradient = gradient.detach()
+        return self._exact_gradient
+
+    def attack_gradient(self, points: Tensor) -> Tensor:
+        """The gradient of every image's loss at `points` (B, C, H, W), detached, for a step of an attack.
+
+        BatchNorm's running statistics stay as they are: they describe the points trained on.
+        """
+        points = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.at(points, update=False).losses.sum(), points)
+        return gradient
+
+    def pair(self, eps: float) -> Pair:
+        """Passes over x + rho and x - rho, rho a random corner of the cube of half side `eps` per image.
+
+        One pair per `eps` and batch; with `recording`, the inputs of all ReLUs are kept.
+        """
+        if eps not in self._pairs:
+            signs = torch.randint(0, 2, self.images.shape, generator=self.generator).to(self.images.device)
+            corners = eps * (2 * signs - 1).to(self.images.dtype)
+            plus, minus = self._recorded(self.images + corners), self._recorded(self.images - corners)
+            self._pairs[eps] = Pair(plus, minus, corners)
+        return self._pairs[eps]
+
+    def _recorded(self, points: Tensor) -> Output:
+        if not self.recording:
+            return self.at(points, update=False)
+        with _Recorder() as recorder:
+            output = self.at(points, plain=True, update=False)
+        return Output(output.logits, output.losses, tuple(recorder.activations))
+
+    def accuracy(self) -> Tensor | None:
+        """The share of images that the clean pass labels rightly, where there was one."""
+        if self._clean is None:
+            return None
+        return (self._clean.logits.detach().argmax(1) == self.labels).float().mean()
+
+
+def _output(logits: Tensor, labels: Tensor) -> Output:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return Output(logits, functional.cross_entropy(logits, labels, reduction="none"))
+
+
+@contextmanager
+def _statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
+    """Inside, BatchNorm layers in training mode update their running statistics or leave them alone."""
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
+    for layer in layers:
+        layer.track_running_stats = update
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps the input of every ReLU called inside, as a layer or as a function, in place or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _RELUS:
+            given: Tensor = args[0] if args else (kwargs or {})["input"]
+            self.activations.append(given.clone())  # a ReLU in place overwrites what it was given
+        return func(*args, **(kwargs or {}))
+
+
+_RELUS = frozenset(
+    {
+        torch.relu,
+        torch.relu_,
+        torch.Tensor.relu,
+        torch.Tensor.relu_,
+        functional.relu,
+        functional.relu_,
+        functional.relu6,
+        functional.leaky_relu,
+        functional.leaky_relu_,
+        functional.prelu,
+    }
+)
