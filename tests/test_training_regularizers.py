@@ -1,6 +1,7 @@
 """Regularizers against closed forms on linear models, and against autograd on smooth ones."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -8,75 +9,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from guard.errors import UsageError
-from guard.training.grammar import REGULARIZERS, parse, parse_all, regularized_loss
+from guard.training.grammar import parse, regularized_loss
 from guard.training.passes import Passes
 from guard.training.regularizers import image_norms
+from tests.small_models import (
+    Linear,
+    WithBatchNorm,
+    batch,
+    margins,
+    smooth_model,
+    two_class_model,
+    weight_gradient,
+)
 
-ALL = (
+IMAGES = (  # these make a pass over the images themselves
     "none",
     "tv-l2:eps=0.1",
     "tv-l2:eps=0.1,form=penalty",
+    "tv-l1:eps=0.01",
+    "tv-l1:eps=0.01,form=penalty",
     "lipschitz:weight=0.1",
     "lipschitz:weight=0.1,h=0.01",
     "tulip:eps=0.1,weight=0.1",
     "gradient-penalty-l2:weight=0.1",
     "gradient-penalty-l1:weight=0.1",
+    "tv-l2-exact:eps=0.1",
+    "tv-l1-exact:eps=0.01",
+    "lipschitz-exact:weight=0.1",
+    "tulip-exact:eps=0.1,weight=0.1",
+    "gradient-penalty-l2-exact:weight=0.1",
+    "gradient-penalty-l1-exact:weight=0.1",
+    "stability:weight=0.1",
+    "hamming:weight=1",
+    "dense-manifold:weight=0.1",
 )
-
-
-class Linear(nn.Module):
-    """Logits W x of flattened images; for two classes everything has a closed form."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1) @ self.weight.T
-
-
-class WithBatchNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(4 * 16, 3),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.layers(images)
-        return logits
-
-
-def batch(count: int = 6, classes: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 3, 4, 4, generator=generator, dtype=dtype)
-    return images, torch.arange(count) % classes
-
-
-def two_class_model() -> tuple[Linear, Tensor]:
-    """The model, and the difference w_0 - w_1 of its rows."""
-    weight = torch.randn(2, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    model = Linear(weight)
-    return model, weight[0] - weight[1]
-
-
-def margins(images: Tensor, labels: Tensor, difference: Tensor) -> Tensor:
-    """Logit of the label minus the other one's: L = log(1 + exp(-margin))."""
-    return (images.flatten(1) @ difference) * (1 - 2 * labels)
-
-
-def smooth_model() -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def weight_gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+ELSEWHERE = (
+    "adversarial-linf:eps=0.1",
+    "adversarial-l2:eps=0.1",
+    "free-linf:eps=0.1",
+    "gaussian:sigma=0.1",
+)
+ALL = IMAGES + ELSEWHERE
 
 
 class TestClosedForms:
@@ -138,6 +111,43 @@ class TestClosedForms:
         torch.testing.assert_close(terms["gradient_penalty"], slopes.square().mean())
         torch.testing.assert_close(loss, losses.mean() + 0.5 * slopes.square().mean())
 
+    def test_tv_l1_trains_on_the_fast_gradient_sign_step(self) -> None:
+        model, difference = two_class_model()
+        images, labels = batch()
+        loss, terms = regularized_loss([parse("tv-l1:eps=0.03")], Passes(model, images, labels))
+        shifted = margins(images, labels, difference) - 0.03 * difference.abs().sum()
+        torch.testing.assert_close(loss, functional.softplus(-shifted).mean())
+        norms = torch.sigmoid(-margins(images, labels, difference)) * difference.abs().sum()
+        torch.testing.assert_close(terms["gradient_l1"], norms.mean())
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "tv-l2-exact:eps=0.3",
+            "tv-l1-exact:eps=0.3",
+            "lipschitz-exact:weight=0.3",
+            "tulip-exact:eps=0.3,weight=0.2",
+            "gradient-penalty-l2-exact:weight=0.3",
+            "gradient-penalty-l1-exact:weight=0.3",
+        ],
+    )
+    def test_exact_ones(self, text: str) -> None:
+        model, difference = two_class_model()
+        images, labels = batch()
+        loss, _ = regularized_loss([parse(text)], Passes(model, images, labels))
+        margin = margins(images, labels, difference)
+        l2 = torch.sigmoid(-margin) * difference.norm()
+        l1 = torch.sigmoid(-margin) * difference.abs().sum()
+        expected = {
+            "tv-l2-exact": 0.3 * l2.mean(),
+            "tv-l1-exact": 0.3 * l1.mean(),
+            "lipschitz-exact": 0.3 * l2.max(),
+            "tulip-exact": 0.3 * l2.mean() + 0.2 * l2.max(),
+            "gradient-penalty-l2-exact": 0.3 * l2.square().mean(),
+            "gradient-penalty-l1-exact": 0.3 * l1.square().mean() / 48,
+        }[text.partition(":")[0]]
+        torch.testing.assert_close(loss, functional.softplus(-margin).mean() + expected)
+
     def test_none_is_the_mean_cross_entropy(self) -> None:
         model = smooth_model()
         images, labels = batch(classes=3)
@@ -168,6 +178,7 @@ class TestAgainstAutograd:
         ("text", "order"),
         [
             ("tv-l2:eps=1,form=penalty,h={h}", 2),
+            ("tv-l1:eps=1,form=penalty,h={h}", 1),
             ("lipschitz:weight=1,h={h}", 2),
             ("gradient-penalty-l2:weight=1,h={h}", 2),
             ("gradient-penalty-l1:weight=1,h={h}", 1),
@@ -193,6 +204,25 @@ class TestAgainstAutograd:
             assert fine[0] < 0.2 * coarse[0]  # the error is of first order in h
             assert fine[1] < 0.2 * coarse[1]
 
+    @pytest.mark.parametrize("text", [text for text in ALL if "exact" in text])
+    def test_exact_ones_by_gradcheck(self, text: str) -> None:
+        model = smooth_model()
+        images, labels = batch(classes=3)
+        names = [name for name, _ in model.named_parameters()]
+
+        def loss(*weights: Tensor) -> Tensor:
+            state = dict(zip(names, weights, strict=True))
+
+            class Replaced(nn.Module):
+                def forward(self, images: Tensor) -> Tensor:
+                    logits: Tensor = torch.func.functional_call(model, state, images)
+                    return logits
+
+            return regularized_loss([parse(text)], Passes(Replaced(), images, labels))[0]
+
+        weights = tuple(weight.detach().requires_grad_() for weight in model.parameters())
+        assert torch.autograd.gradcheck(loss, weights)
+
     def test_directions_are_not_differentiated(self) -> None:
         model = smooth_model()
         images, labels = batch(classes=3)
@@ -204,8 +234,12 @@ class TestAgainstAutograd:
         torch.testing.assert_close(weight_gradient(loss, model), weight_gradient(expected, model))
 
 
-@pytest.mark.parametrize("text", ALL)
-class TestEveryOne:
+def source() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.mark.parametrize("text", [text for text in ALL if not text.startswith("hamming")])
+class TestOnLinearModels:
     def test_survives_a_gradient_of_zero(self, text: str) -> None:
         model = Linear(torch.zeros(2, 48, dtype=torch.float64))
         images, labels = batch()
@@ -221,20 +255,25 @@ class TestEveryOne:
         assert float(loss.detach()) == 0
         assert torch.isfinite(weight_gradient(loss, model)).all()
 
-    def test_updates_batchnorm_once_from_the_images(self, text: str) -> None:
+
+@pytest.mark.parametrize("text", ALL)
+class TestEveryOne:
+    def test_updates_batchnorm_once(self, text: str) -> None:
         torch.manual_seed(3)
         model, alone = WithBatchNorm().train(), WithBatchNorm().train()
         alone.load_state_dict(model.state_dict())
         images, labels = batch(classes=3, dtype=torch.float32)
         loss, _ = regularized_loss([parse(text)], Passes(model, images, labels))
         loss.backward()  # type: ignore[no-untyped-call]
-        alone(images)
-        for name, value in alone.named_buffers():
-            torch.testing.assert_close(dict(model.named_buffers())[name], value)
         norm = model.layers[1]
         assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.num_batches_tracked == 1
         assert norm.track_running_stats
         assert all(layer.training for layer in model.modules())
+        if text in IMAGES:
+            alone(images)
+            for name, value in alone.named_buffers():
+                torch.testing.assert_close(dict(model.named_buffers())[name], value)
 
     def test_every_weight_gets_a_gradient_and_images_none(self, text: str) -> None:
         torch.manual_seed(3)
@@ -249,12 +288,33 @@ class TestEveryOne:
         torch.manual_seed(3)
         model = WithBatchNorm().train()
         images, labels = batch(classes=3, dtype=torch.float32)
-        exact, _ = regularized_loss([parse(text)], Passes(model, images, labels))
-        passes = Passes(model, images, labels, autocast=torch.bfloat16)
+        exact, _ = regularized_loss([parse(text)], Passes(model, images, labels, generator=source()))
+        passes = Passes(model, images, labels, generator=source(), autocast=torch.bfloat16)
         loss, terms = regularized_loss([parse(text)], passes)
         assert loss.dtype == passes.clean.logits.dtype == torch.float32
         assert all(value.dtype == torch.float32 for value in terms.values())
         torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.01)
+
+    def test_images_in_channels_last_memory(self, text: str) -> None:
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        images, labels = batch(classes=3, dtype=torch.float32)
+        other = deepcopy(model)  # a pass moves running statistics
+        expected, _ = regularized_loss([parse(text)], Passes(other, images, labels, generator=source()))
+        images = images.contiguous(memory_format=torch.channels_last)
+        loss, _ = regularized_loss([parse(text)], Passes(model, images, labels, generator=source()))
+        torch.testing.assert_close(loss, expected)
+
+    def test_the_generator_decides_all_draws(self, text: str) -> None:
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        images, labels = batch(classes=3, dtype=torch.float32)
+        losses = []
+        for other in (1, 2):
+            torch.manual_seed(other)  # the global state has no say
+            passes = Passes(deepcopy(model), images, labels, generator=source())
+            losses.append(regularized_loss([parse(text)], passes)[0])
+        assert torch.equal(*losses)
 
 
 class TestCombinations:
@@ -289,61 +349,3 @@ class TestCombinations:
         texts = ("lipschitz:weight=1", "gradient-penalty-l2:weight=1", "gradient-penalty-l1:weight=1")
         regularized_loss([parse(text) for text in texts], Passes(model, images, labels))
         assert calls == [6, 1, 6, 6]  # the images, the steepest one, one shift per penalty
-
-    def test_two_replacements_of_the_images_are_refused(self) -> None:
-        with pytest.raises(UsageError, match="choose one"):
-            parse_all(["tv-l2:eps=1", "tulip:eps=1,weight=1"])
-
-
-class TestPasses:
-    def test_a_few_points_are_normalized_as_served(self) -> None:
-        torch.manual_seed(3)
-        model = WithBatchNorm().train()
-        model.layers[0].eval()  # a frozen layer stays frozen
-        images, labels = batch(classes=3, dtype=torch.float32)
-        passes = Passes(model, images, labels, autocast=torch.bfloat16)
-        served = passes.as_served(images[:1], labels[:1])
-        assert model.layers[1].training
-        assert not model.layers[0].training
-        torch.testing.assert_close(served.logits, model.eval()(images[:1]))
-
-    def test_accuracy_is_that_of_the_clean_pass(self) -> None:
-        model, _ = two_class_model()
-        images, _ = batch()
-        labels = model(images).argmax(1)
-        labels[0] = 1 - labels[0]
-        passes = Passes(model, images, labels)
-        assert passes.accuracy() is None
-        assert passes.clean.losses.shape == (6,)
-        torch.testing.assert_close(passes.accuracy(), torch.tensor(5 / 6))
-
-
-class TestParse:
-    def test_every_regularizer_says_what_it_needs(self) -> None:
-        for name in set(REGULARIZERS) - {"none"}:
-            with pytest.raises(UsageError, match=f"{name} needs .* as in {name}:"):
-                parse(name)
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            (
-                "tulp:eps=1",
-                "'tulp': expected one of none, tv-l2, tv-l1, lipschitz, tulip",
-            ),
-            ("tulip:eps=1,lambda=1", "no hyperparameter 'lambda': it takes eps, weight, h"),
-            ("none:eps=1", "it takes none"),
-            ("tulip:eps=1", "needs weight"),
-            ("tulip:eps=1,weight=x", "weight is 'x', not a number of 0 or more"),
-            ("tulip:eps=-1,weight=1", "eps is '-1'"),
-            ("tulip:eps=nan,weight=1", "eps is 'nan'"),
-            ("tulip:eps=inf,weight=1", "eps is 'inf'"),
-            ("tulip:eps=1,eps=2,weight=1", "gives eps twice"),
-            ("tulip:eps=1,weight=1,h=0", "h is '0', not a number above 0"),
-            ("tv-l2:eps=1,form=other", "form is 'other', not step or penalty"),
-            ("", "unknown regularizer ''"),
-        ],
-    )
-    def test_refuses(self, text: str, message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            parse(text)

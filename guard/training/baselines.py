@@ -41,7 +41,7 @@ def adversarial_l2(
 
 
 def free_linf(passes: Passes, *, eps: float, replays: int = 4) -> RegularizedLoss:
-    """Adversarial training "for free" in the linf ball (arXiv 1904.12843): one perturbation kept across steps.
+    """Adversarial training "for free" in the linf ball (arXiv 1904.12843): one perturbation across steps.
 
     The loop uses each batch `replays` times in a row. Each step's backward pass moves both the weights and
     the perturbation, by eps along the gradient's sign. An epoch has as many steps as any other, over

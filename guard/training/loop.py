@@ -24,7 +24,7 @@ from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
 from guard.progress import Progress
 from guard.training import architectures, augment, checkpoint, grammar, schedules
-from guard.training.passes import Passes
+from guard.training.passes import Passes, compiled
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -220,7 +220,7 @@ class Run:
         self.optimizer = _optimizer(model, settings)
         self.regularizers = bound
         self.replays = max((regularizer.replays for regularizer in bound), default=1)
-        self.compiled = torch.compile(model) if settings.compile else None
+        self.compiled = compiled(model) if settings.compile else None
         self.state: dict[str, Tensor] = {}
         self.batches = batches
         self.settings = settings

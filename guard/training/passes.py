@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -83,7 +84,7 @@ class Passes:
         self.parts = parts
         self.recording = False
         self.after_backward: list[Callable[[], None]] = []
-        self._compiled = compiled or model
+        self._compiled = model if compiled is None else compiled
         self._updated = False
         self._clean: Output | None = None
         self._gradient: Tensor | None = None
@@ -177,6 +178,14 @@ class Passes:
         if self._clean is None:
             return None
         return (self._clean.logits.detach().argmax(1) == self.labels).float().mean()
+
+
+def compiled(model: nn.Module, *, backend: str = "inductor") -> Callable[[Tensor], Tensor]:
+    """The model through `torch.compile`, for passes that are differentiated more than once."""
+    # Compiled backward passes otherwise reuse the memory of what the next one still needs.
+    functorch_config.donated_buffer = False
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=backend)
+    return compiled
 
 
 def _output(logits: Tensor, labels: Tensor) -> Output:

@@ -1,0 +1,121 @@
+"""Passes over a batch: which statistics they use and update, what they record."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from guard.training.grammar import parse, regularized_loss
+from guard.training.passes import Passes, compiled
+from tests.small_models import WithBatchNorm, batch, two_class_model, weight_gradient
+
+
+class TestPasses:
+    def test_a_few_points_are_normalized_as_served(self) -> None:
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        model.layers[0].eval()  # a frozen layer stays frozen
+        images, labels = batch(classes=3, dtype=torch.float32)
+        passes = Passes(model, images, labels, autocast=torch.bfloat16)
+        served = passes.as_served(images[:1], labels[:1])
+        assert model.layers[1].training
+        assert not model.layers[0].training
+        torch.testing.assert_close(served.logits, model.eval()(images[:1]))
+
+    def test_accuracy_is_that_of_the_clean_pass(self) -> None:
+        model, _ = two_class_model()
+        images, _ = batch()
+        labels = model(images).argmax(1)
+        labels[0] = 1 - labels[0]
+        passes = Passes(model, images, labels)
+        assert passes.accuracy() is None
+        assert passes.clean.losses.shape == (6,)
+        torch.testing.assert_close(passes.accuracy(), torch.tensor(5 / 6))
+
+
+class ManyReLUs(nn.Module):
+    """ReLUs in all the ways they are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.convolution(images)
+        for relu in (
+            self.relu,
+            nn.ReLU(),
+            functional.relu,
+            torch.relu,
+            Tensor.relu,
+            lambda z: functional.relu(z, True),
+            functional.relu6,
+            functional.leaky_relu,
+        ):
+            self.seen.append(features.detach().clone())
+            features = self.convolution(relu(features)) - 0.2
+        return features.flatten(1)[:, :3]
+
+
+class TestPairs:
+    def test_what_goes_into_every_relu_is_recorded(self) -> None:
+        torch.manual_seed(0)
+        model = ManyReLUs()
+        images, labels = batch(classes=3, dtype=torch.float32)
+        passes = Passes(model, images, labels)
+        passes.recording = True
+        plus, minus, corners = passes.pair(0.1)
+        assert len(plus.activations) == len(minus.activations) == 8
+        for recorded, seen in zip(plus.activations + minus.activations, model.seen, strict=True):
+            assert torch.equal(recorded, seen)
+            assert recorded.requires_grad
+        torch.testing.assert_close(plus.logits, model(images + corners))
+        torch.testing.assert_close(minus.logits, model(images - corners))
+
+    def test_corners_are_random_ones_of_the_cube(self) -> None:
+        model, _ = two_class_model()
+        images, labels = batch()
+        passes = Passes(model, images, labels)
+        plus, minus, corners = passes.pair(0.25)
+        assert corners.shape == images.shape
+        assert torch.equal(corners.abs(), torch.full_like(images, 0.25))
+        assert 0.3 < (corners > 0).double().mean() < 0.7
+        assert not torch.equal(corners[0], corners[1])
+        assert not plus.activations
+        assert not minus.activations
+        assert passes.pair(0.25)[2] is corners  # regularizers share the pair
+        assert passes.pair(0.5)[2] is not corners
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["none"],
+        ["tv-l2:eps=0.1"],
+        ["gradient-penalty-l2:weight=1", "lipschitz:weight=0.1"],
+        ["tulip-exact:eps=0.1,weight=0.1"],
+        ["stability:weight=1", "hamming:weight=10"],
+        ["adversarial-linf:eps=0.1,steps=2"],
+        ["free-linf:eps=0.1"],
+    ],
+    ids=lambda texts: texts[-1].partition(":")[0],
+)
+def test_a_compiled_model_gives_the_same_gradients(texts: list[str]) -> None:
+    torch.manual_seed(3)
+    model = WithBatchNorm().train()
+    images, labels = batch(classes=3, dtype=torch.float32)
+    chosen = [parse(text) for text in texts]
+    gradients, statistics = [], []
+    for fast in (False, True):
+        other = deepcopy(model)
+        forward = compiled(other, backend="aot_eager") if fast else None
+        generator = torch.Generator().manual_seed(5)
+        passes = Passes(other, images, labels, generator=generator, compiled=forward)
+        gradients.append(weight_gradient(regularized_loss(chosen, passes)[0], other))
+        statistics.append(dict(other.named_buffers()))
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*statistics)
