@@ -57,14 +57,17 @@ def export(
     config = read_config(run)
     state = checkpoint.load(run / checkpoint.CHECKPOINT)
     data = config["data"]
+    shape = (int(data["shape"][0]), int(data["shape"][1]), int(data["shape"][2]))
     model = architectures.build(
         config["settings"]["architecture"],
         mean=data["mean"],
         deviation=data["deviation"],
         num_classes=len(data["class_names"]),
+        size=shape[1:],
+        width=config["settings"].get("width"),  # runs from before these settings do not have them
+        pre_logit_sigmoid=config["settings"].get("pre_logit_sigmoid", False),
     )
     model.load_state_dict(state.model)
-    shape = (int(data["shape"][0]), int(data["shape"][1]), int(data["shape"][2]))
     graph = to_onnx(model, shape)
     check_differentiable(graph, IMAGES, LOGITS)
     difference = compare(model, graph, shape)
@@ -165,7 +168,7 @@ def card(
     tested = next((line for line in metrics if "test_accuracy" in line), None)
     shape = " x ".join(str(side) for side in data["shape"])
     rows = [
-        ("network", f"{settings['architecture']}, {len(data['class_names'])} classes"),
+        ("network", f"{_network(settings)}, {len(data['class_names'])} classes"),
         ("input", f"{shape} pixels in [0, 1], normalization inside"),
         ("trained on", f"{data['name']} (sha256 `{data['digest']}`)"),
         ("held out", f"{settings['held_out']} training images"),
@@ -206,6 +209,8 @@ def train_command(config: Mapping[str, Any]) -> str:
     flags = {
         "dataset": [data["name"]],
         "arch": [settings["architecture"]],
+        **({"width": [settings["width"]]} if settings.get("width") else {}),
+        **({"pre-logit-sigmoid": []} if settings.get("pre_logit_sigmoid") else {}),
         "regularizer": settings["regularizers"],
         "epochs": [settings["epochs"]],
         "batch-size": [settings["batch_size"]],
@@ -223,6 +228,12 @@ def train_command(config: Mapping[str, Any]) -> str:
     }
     words = [word for flag, values in flags.items() for word in (f"--{flag}", *map(str, values))]
     return shlex.join(["guard", "train", *words])
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    width = f" of width {settings['width']}" if settings.get("width") else ""
+    sigmoid = " with a pre-logit sigmoid" if settings.get("pre_logit_sigmoid") else ""
+    return f"{settings['architecture']}{width}{sigmoid}"
 
 
 def _widths(model: nn.Module) -> set[int]:

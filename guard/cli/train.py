@@ -26,6 +26,18 @@ Regularizers take their hyperparameters after a colon; several may be given:
   gradient-penalty-l2:weight=W         the squared gradient norm, l2 attacks
   gradient-penalty-l1:weight=W         the same against linf attacks
 
+Architectures, with their widths, and their parameters for 32x32 images:
+  compact-resnet     32   1.9 million  made for CPUs
+  preactresnet18     64  11.2 million
+  resnet34           16   0.5 million  three stages of five blocks
+  resnext34-2x32     32   3.9 million  the same with two branches each
+  resnext34-4x32     32   7.8 million  with four
+  allcnn-c           96   1.4 million  no pooling, no shortcuts
+  verification-cnn   16   0.3 million  two convolutions
+  cw-cnn             32   0.4 million  made for MNIST
+  resnet50, torchvision:resnet34, ...  any classifier of torchvision; most
+                                       take images of 64x64 pixels and more
+
 RUN gets config.json, checkpoint.pt and metrics.jsonl (a line per epoch).
 Pixels are in [0, 1]: so are E and all radii.""",
         example="""\
@@ -45,7 +57,15 @@ guard export runs/tulip --out models/tulip""",
         "--arch",
         default="compact-resnet",
         metavar="A",
-        help="compact-resnet or preactresnet18 (default: compact-resnet)",
+        help="one of the architectures above (default: compact-resnet)",
+    )
+    parser.add_argument(
+        "--width", type=int, metavar="N", help="channels of its first stage (default: as listed)"
+    )
+    parser.add_argument(
+        "--pre-logit-sigmoid",
+        action="store_true",
+        help="normalize and bound the features before the last layer: t tanh(x/t), t learned",
     )
     parser.add_argument(
         "--regularizer", nargs="+", default=["none"], metavar="R", help="as above (default: none)"
@@ -123,6 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
     mirror = arguments.mirror
     settings = Settings(
         architecture=arguments.arch,
+        width=arguments.width,
+        pre_logit_sigmoid=arguments.pre_logit_sigmoid,
         regularizers=tuple(arguments.regularizer),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,

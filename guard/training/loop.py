@@ -39,7 +39,9 @@ Metrics = dict[str, float]
 class Settings:
     """All that decides the trained weights, beside the data, the thread count and the device.
 
-    `regularizers` are written as on the command line; `learning_rate` is the peak, reached after the share
+    `width` is the architecture's number of channels in its first stage, None for its own;
+    `pre_logit_sigmoid` bounds the features before its last layer; `regularizers` are written as on the
+    command line; `learning_rate` is the peak, reached after the share
     `warmup` of training; `weight_decay` is for weights of more than one axis; `padding` is the furthest shift
     of a crop and `cutout` the side of the painted square, in pixels; `held_out` is how many of the last
     training images are kept for the log's accuracy (random ones, by the seed, where images come sorted by
@@ -47,6 +49,8 @@ class Settings:
     """
 
     architecture: str = "compact-resnet"
+    width: int | None = None
+    pre_logit_sigmoid: bool = False
     regularizers: tuple[str, ...] = ("none",)
     epochs: int = 20
     batch_size: int = 256
@@ -70,7 +74,7 @@ class Settings:
             if not holds:
                 raise UsageError(f"{flag} is {value}: expected {expected}.")
 
-        architectures.builder(self.architecture)
+        architectures.check(self.architecture, self.width)
         grammar.parse_all(self.regularizers)
         demand(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         demand(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more")
@@ -131,14 +135,17 @@ def train(
             f"{dataset.images.shape[1:]} (height, width, channels). Bring both to one size."
         )
     config = _config(dataset, settings, batches, arguments or {})
-    _open(out, config, resume=resume)
     with _random_state(settings.seed, device, deterministic=deterministic):
         model = architectures.build(
             settings.architecture,
             mean=batches.mean,
             deviation=batches.deviation,
             num_classes=len(dataset.class_names),
+            size=batches.shape[1:],
+            width=settings.width,
+            pre_logit_sigmoid=settings.pre_logit_sigmoid,
         ).to(device)
+        _open(out, config, resume=resume)
         model.to(memory_format=torch.channels_last)
         run = Run(model, bound, batches, settings, out / checkpoint.CHECKPOINT)
         if resume and run.path.exists():
@@ -474,6 +481,7 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     if not resume:
         raise UsageError(f"{out}: holds a run already. Give --resume to go on with it, or another --out.")
     old = read_config(out)
+    old["settings"] = asdict(Settings()) | old["settings"]  # a run from before a setting had its default
     for part in ("settings", "data"):
         for key, value in config[part].items():
             if old[part].get(key) != value:
