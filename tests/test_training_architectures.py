@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from guard import bundle
 from guard.adapt import Outside
@@ -177,6 +178,17 @@ class TestImages:
     def test_transformers_are_made_for_the_images(self) -> None:
         with torch.device("meta"):
             assert make("vit_b_16", (3, 48, 48), 4)(torch.rand(2, 3, 48, 48)).shape == (2, 4)
+
+    def test_transformers_can_be_differentiated_twice(self) -> None:
+        small = partial(models.VisionTransformer, 32, 16, 1, 2, 8, 8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "get_model", lambda *_, num_classes, **__: small(num_classes=num_classes))
+            model = make("vit_b_16", classes=3).eval()
+        nn.init.normal_(model.get_submodule("network.heads.head").get_parameter("weight"))
+        images = torch.rand(2, 3, 32, 32, requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(images)[:, 0].sum(), images, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), images)
+        assert second.abs().max() > 0
 
     @pytest.mark.parametrize(
         ("name", "shape", "message"),
@@ -475,7 +487,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert main([*command(data, out), "--width", "5", "--pre-logit-sigmoid"]) == 0
+    flags = ["--width", "5", "--pre-logit-sigmoid", "--regularizer", "tulip:eps=0.05,weight=0.01"]
+    assert main([*command(data, out), *flags]) == 0
     return out
 
 
@@ -499,7 +512,8 @@ class TestRuns:
     def test_are_not_resumed_with_another_width(
         self, run: Path, data: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main([*command(data, run), "--width", "4", "--pre-logit-sigmoid", "--resume"]) == 2
+        flags = ["--width", "4", "--pre-logit-sigmoid", "--regularizer", "tulip:eps=0.05,weight=0.01"]
+        assert main([*command(data, run), *flags, "--resume"]) == 2
         assert "was started with width 5, now it is 4" in capsys.readouterr().err
 
     def test_of_before_these_settings_resume_and_export(self, data: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """The classifiers of torchvision, untrained, behind our normalization."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guard.errors import UsageError
 from guard.training.architectures.layers import Normalize
@@ -56,9 +59,15 @@ class Torchvision(nn.Module):
         self.grey = len(mean) == 1
         self.normalize = Normalize(mean, deviation)
         self.network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+        self.attends = any(isinstance(layer, nn.MultiheadAttention) for layer in self.network.modules())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [0, 1] -> logits (B, K)."""
         normalized = self.normalize(images)
-        logits: Tensor = self.network(normalized.expand(-1, 3, -1, -1) if self.grey else normalized)
+        if self.grey:
+            normalized = normalized.expand(-1, 3, -1, -1)
+        # The faster kernels of attention cannot be differentiated twice, as some regularizers do.
+        twice = self.attends and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            logits: Tensor = self.network(normalized)
         return logits
