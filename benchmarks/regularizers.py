@@ -42,12 +42,21 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Values = NDArray[np.float64]
 
-BUDGETS: tuple[tuple[attacks.Norm, float, str], ...] = (
+Budget = tuple[attacks.Norm, float, str]
+
+BUDGETS: tuple[Budget, ...] = (
     ("l2", 0.25, "0.25"),
     ("l2", 0.5, "0.5"),
     ("l2", 1.0, "1.0"),
     ("linf", 2 / 255, "2/255"),
     ("linf", 8 / 255, "8/255"),
+)
+DIGITS: tuple[Budget, ...] = (
+    ("l2", 1.0, "1.0"),
+    ("l2", 2.0, "2.0"),
+    ("linf", 0.1, "0.1"),
+    ("linf", 0.2, "0.2"),
+    ("linf", 0.3, "0.3"),
 )
 BATCH = 128
 
@@ -61,6 +70,7 @@ class Row:
     dataset: str = "cifar10"
     architecture: str = "compact-resnet"
     seeds: int = 1
+    budgets: tuple[Budget, ...] = BUDGETS
 
 
 _STABILITY = "weight=0.8..8@0.2..0.8,eps=2/255..8/255@0.1..0.35"
@@ -104,6 +114,23 @@ ROWS = {
     "cifar100-tulip-0.01-0.1": Row(
         ("tulip:eps=0.01,weight=0.1",), "LIPGEN T3: 21.73%, 0.112", dataset="cifar100"
     ),
+}
+
+_DIGITS = "eps=2/255..0.3@0.1..0.35"
+ROWS |= {
+    f"mnist-{name}": Row(texts, paper, dataset="mnist", architecture="cw-cnn", budgets=DIGITS)
+    for name, texts, paper in (
+        ("undefended", ("none",), ""),
+        (
+            "stability-hamming",
+            (
+                f"stability:weight=0.8..8@0.2..0.8,{_DIGITS}",
+                f"hamming:weight=2400..24000@0.2..0.8,{_DIGITS}",
+            ),
+            "MANIFOLD and HAMMING plot its robustness curves only",
+        ),
+        ("adversarial-linf", ("adversarial-linf:eps=0.3",), ""),
+    )
 }
 
 
@@ -263,6 +290,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
         mean=config["data"]["mean"],
         deviation=config["data"]["deviation"],
         num_classes=len(config["data"]["class_names"]),
+        size=tuple(config["data"]["shape"][1:]),
     )
     network.load_state_dict(checkpoint.load(run / checkpoint.CHECKPOINT).model)
     model: Model = (
@@ -285,7 +313,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
     radii = order.permutation(parts["radii"])[: scale.omega_images]
     right = predicted == test.labels
     begun = time.perf_counter()
-    with Progress(5 + len(BUDGETS), run.name) as progress:
+    with Progress(5 + len(row.budgets), run.name) as progress:
         jacobian, slopes = norms(model, test, report)
         progress.advance(1, "norms")
         entry = {
@@ -306,7 +334,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
         images, truth = to_floats(test.images[few]), test.labels[few]
         kept = right[few]
         entry["robust_accuracy"] = {}
-        for norm, eps, name in BUDGETS:
+        for norm, eps, name in row.budgets:
             standing = kept.copy()
             for rows in pieces(np.flatnonzero(kept)):
                 standing[rows] &= ~attacks.pgd(
@@ -413,17 +441,14 @@ def markdown(result: dict[str, Any]) -> str:
             f"{distance['l2']['median_upper']:.3f}] | {distance['l2']['mean']:.3f} "
             f"| {distance['linf']['median']:.4f} | {entry['train_seconds'] / 60:.0f} |"
         )
-    names = [f"{norm} {name}" for norm, _, name in BUDGETS]
-    lines += [
-        "",
-        "Robust accuracy under PGD-20 alone, and what the papers have:",
-        "",
-        f"| row | {' | '.join(names)} | in the papers |",
-        f"|{(len(names) + 2) * '---|'}",
-    ]
-    for name, entry in entries.items():
-        cells = [percent(entry["robust_accuracy"][one]) for one in names]
-        lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
+    lines += ["", "Robust accuracy under PGD-20 alone, and what the papers have:"]
+    for budgets in (BUDGETS, DIGITS):
+        names = [f"{norm} {name}" for norm, _, name in budgets]
+        lines += ["", f"| row | {' | '.join(names)} | in the papers |", f"|{(len(names) + 2) * '---|'}"]
+        for name, entry in entries.items():
+            if list(entry["robust_accuracy"]) == names:
+                cells = [percent(share) for share in entry["robust_accuracy"].values()]
+                lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
     lines += [
         "",
         "How much farther away attacks are than on the undefended network: as LIPGEN's Table 5 predicts",
@@ -433,7 +458,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, entry in entries.items():
-        prefix = "cifar100-" if name.startswith("cifar100-") else ""
+        prefix = next((one for one in ("cifar100-", "mnist-") if name.startswith(one)), "")
         base = entries.get(f"{prefix}undefended-0")
         if base is not None and base is not entry:
             lines.append(

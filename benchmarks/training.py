@@ -73,7 +73,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     precision = chosen_precision(given.precision, given.device)
-    model = architectures.build(given.arch, mean=[0.5] * 3, deviation=[0.25] * 3, num_classes=10)
+    model = architectures.build(
+        given.arch, mean=[0.5] * 3, deviation=[0.25] * 3, num_classes=10, size=(32, 32)
+    )
     model = model.to(given.device).to(memory_format=torch.channels_last)
     fast = compiled(model) if given.compile else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)

@@ -97,7 +97,7 @@ class TestHamming:
     def test_balances_stability_at_initialization(self) -> None:
         """At the papers' ratios of the weights, 100 to 500, on a batch of 128 (MANIFOLD, appendix B)."""
         torch.manual_seed(0)
-        model = build("preactresnet18", mean=[0.5] * 3, deviation=[0.25] * 3, num_classes=10)
+        model = build("preactresnet18", mean=[0.5] * 3, deviation=[0.25] * 3, num_classes=10, size=(32, 32))
         images = torch.rand(128, 3, 8, 8)
         images = nn.functional.interpolate(images, 32, mode="bilinear")  # neighbours alike, as in photographs
         drawn = passes(model, images, torch.zeros(128, dtype=torch.long))
