@@ -218,6 +218,7 @@ def train_command(config: Mapping[str, Any]) -> str:
         "schedule": [settings["schedule"]],
         "warmup": [settings["warmup"]],
         "momentum": [settings["momentum"]],
+        "nesterov" if settings.get("nesterov", True) else "no-nesterov": [],
         "weight-decay": [settings["weight_decay"]],
         "crop": [settings["padding"]],
         "mirror" if settings["mirror"] else "no-mirror": [],

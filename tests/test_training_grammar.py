@@ -3,7 +3,8 @@
 import pytest
 
 from guard.errors import UsageError
-from guard.training.grammar import REGULARIZERS, Ramp, parse, parse_all
+from guard.training.grammar import REGULARIZERS, parse, parse_all
+from guard.training.schedules import Ramp
 
 
 class TestParse:
@@ -39,7 +40,7 @@ class TestParse:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("stability:weight=1..2@0.5..0.5", "a ramp is written FROM..TO@BEGIN..END"),
+            ("stability:weight=1..2@0.5..0.5", "a ramp is written FROM..TO@START..STOP"),
             ("stability:weight=1..2@0.5", "a ramp is written"),
             ("stability:weight=1..2@0..2", "a ramp is written"),
             ("stability:weight=1..x@0..1", "weight is '1..x@0..1', not a number|weight is 'x'"),

@@ -1,6 +1,7 @@
 """The training loop on data sets and networks of a few pixels."""
 
 import json
+import re
 import resource
 import shutil
 from dataclasses import asdict, replace
@@ -14,7 +15,8 @@ from torch import nn
 
 from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
-from guard.training import architectures, checkpoint, loop, schedules
+from guard.progress import Progress
+from guard.training import architectures, checkpoint, curves, loop
 from guard.training.loop import Batches, Run, Settings, channel_statistics, read_metrics, train
 
 TINY = Settings(
@@ -118,6 +120,23 @@ class TestTraining:
         result = train(dataset(20), settings, tmp_path / "run")
         assert "held_out_accuracy" not in result.metrics
 
+    def test_draws_the_curves_anew_after_every_epoch(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finish_epoch, pages = Run.finish_epoch, []
+
+        def looked_at(run: Run, progress: Progress) -> dict[str, float]:
+            pages.append((tmp_path / "run" / "curves.html").read_text())
+            return finish_epoch(run, progress)
+
+        monkeypatch.setattr(Run, "finish_epoch", looked_at)
+        train(dataset(), TINY, tmp_path / "run", test=dataset(seed=1))
+        pages.append((tmp_path / "run" / "curves.html").read_text())
+        found = [re.findall(r"run: (\d) of 2 epochs", page) for page in pages]
+        assert found == [["0"], ["1"], ["2"]]
+        assert ["refresh" in page for page in pages] == [True, True, False]
+        assert ["test accuracy" in page for page in pages] == [False, False, True]
+
 
 class TestResume:
     @pytest.fixture
@@ -161,6 +180,13 @@ class TestResume:
         assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
         assert result.metrics["epoch"] == 2
 
+    def test_draws_the_curves_from_the_files_alone(self, uninterrupted: Path) -> None:
+        before = (uninterrupted / "curves.html").read_text()
+        (uninterrupted / "curves.html").unlink()
+        train(dataset(), TINY, uninterrupted, test=dataset(seed=1), resume=True)
+        assert (uninterrupted / "curves.html").read_text() == before
+        assert before == curves.page("whole", loop.read_config(uninterrupted), read_metrics(uninterrupted))
+
     def test_is_asked_for(self, uninterrupted: Path) -> None:
         with pytest.raises(UsageError, match="holds a run already"):
             train(dataset(), TINY, uninterrupted)
@@ -179,6 +205,15 @@ class TestResume:
             path.write_bytes(content)
             with pytest.raises(TrainingError, match=r"checkpoint\.pt: is damaged"):
                 train(dataset(), TINY, uninterrupted, resume=True)
+
+    def test_of_a_run_from_before_a_setting(self, uninterrupted: Path) -> None:
+        path = uninterrupted / "config.json"
+        config = json.loads(path.read_text())
+        del config["settings"]["nesterov"]
+        path.write_text(json.dumps(config))
+        train(dataset(), TINY, uninterrupted, resume=True)
+        with pytest.raises(UsageError, match="was started with nesterov True, now it is False"):
+            train(dataset(), replace(TINY, nesterov=False), uninterrupted, resume=True)
 
     def test_of_another_network_is_refused(
         self, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
@@ -381,22 +416,13 @@ class TestBatches:
         assert constant[1][0] > 0
 
 
-class TestSchedules:
-    @pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
-    def test_rise_to_the_peak(self, name: str) -> None:
-        assert schedules.share(name, 0.0, 0.2) == 0
-        assert schedules.share(name, 0.1, 0.2) == pytest.approx(0.5)
-        assert schedules.share(name, 0.2, 0.2) == 1
-        assert schedules.share(name, 0.0, 0.0) == 1
-
-    def test_fall(self) -> None:
-        assert schedules.share("one-cycle", 0.6, 0.2) == pytest.approx(0.5)
-        assert schedules.share("one-cycle", 1.0, 0.2) == 0
-        assert schedules.share("cosine", 0.6, 0.2) == pytest.approx(0.5)
-        assert schedules.share("cosine", 1.0, 0.2) == pytest.approx(0)
-        assert schedules.share("constant", 1.0, 0.2) == 1
-        found = [schedules.share("step", at, 0.0) for at in (0.29, 0.31, 0.61, 0.81)]
-        assert found == pytest.approx([1, 0.2, 0.04, 0.008])
+class TestOptimizer:
+    def test_nesterov_is_a_setting(self, tmp_path: Path) -> None:
+        batches = Batches(dataset(), TINY, "cpu")
+        for given, momentum, expected in ((True, 0.9, True), (False, 0.9, False), (True, 0.0, False)):
+            settings = replace(TINY, nesterov=given, momentum=momentum)
+            run = Run(nn.Linear(2, 2), [], batches, settings, tmp_path / "checkpoint.pt")
+            assert [group["nesterov"] for group in run.optimizer.param_groups] == [expected] * 2
 
     def test_the_rate_is_never_0(self, whole: Path) -> None:
         *_, last, _ = read_metrics(whole)

@@ -1,10 +1,15 @@
 """`guard train`: a classifier that is hard to fool, from a data set."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from guard.cli.options import Subparsers, add_command, arguments_of, emit
+
+if TYPE_CHECKING:
+    from guard.training.loop import Settings
+    from guard.training.presets import Preset
 
 # Mirrored digits are not digits.
 _NOT_MIRRORED = frozenset({"mnist"})
@@ -18,13 +23,24 @@ def add_parser(subparsers: Subparsers) -> None:
         description="""\
 Train a classifier whose loss changes slowly around its training images.
 
-Regularizers take their hyperparameters after a colon; several may be given:
-  none                                 plain training
-  tv-l2:eps=E                          one step of length E up the loss
-  lipschitz:weight=W                   the largest gradient of each batch
-  tulip:eps=E,weight=W                 both of them
-  gradient-penalty-l2:weight=W         the squared gradient norm, l2 attacks
-  gradient-penalty-l1:weight=W         the same against linf attacks
+Regularizers take their hyperparameters after a colon; several may be given
+(docs/training.md has their formulas):
+  none                           plain training
+  tv-l2:eps=E, tv-l1:eps=E       one step of length E up the loss; l1: its sign
+  lipschitz:weight=W             the largest gradient of each batch
+  tulip:eps=E,weight=W           tv-l2 and lipschitz
+  gradient-penalty-l2:weight=W   the squared gradient norm, l2 attacks
+  gradient-penalty-l1:weight=W   the same against linf attacks
+  each of these with -exact      itself, by double backpropagation
+  stability:weight=W,eps=E       like outputs at opposite corners of a cube
+  hamming:weight=W,alpha=A,eps=E like ReLU patterns there
+  dense-manifold:weight=W,eps=E  like outputs, over all pairs of a batch
+  adversarial-linf:eps=E, adversarial-l2:eps=E, free-linf:eps=E,
+  gaussian:sigma=S               baselines: attacked or noisy images
+
+A hyperparameter may be a fraction (8/255) or ramp, as in
+stability:weight=0.8..8@0.2..0.8: straight from 0.8 to 8 between a fifth and
+four fifths of training.
 
 Architectures, with their widths, and their parameters for 32x32 images:
   compact-resnet     32   1.9 million  made for CPUs
@@ -38,24 +54,39 @@ Architectures, with their widths, and their parameters for 32x32 images:
   resnet50, torchvision:resnet34, ...  any classifier of torchvision; most
                                        take images of 64x64 pixels and more
 
-RUN gets config.json, checkpoint.pt and metrics.jsonl (a line per epoch).
+A preset is a recipe of a paper's table: data set, network, regularizer and
+all settings below; what is given beside it takes its place.
+
+RUN gets config.json, checkpoint.pt, metrics.jsonl (a line per epoch) and
+curves.html, to look at while it trains and after.
 Pixels are in [0, 1]: so are E and all radii.""",
         example="""\
+guard train --presets lipgen
+guard train --preset lipgen-0.01-0.1 --epochs 30 --out runs/lipgen
 guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
     --epochs 20 --out runs/tulip
 guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
     --epochs 20 --out runs/tulip --resume
 guard export runs/tulip --out models/tulip""",
     )
+    # `dest` is the field in Settings; no defaults here, so that the preset's hold, else the general ones.
     parser.add_argument(
         "--dataset",
-        required=True,
         metavar="D",
-        help="cifar10, cifar100, mnist, fashion-mnist, an .npz file, or a folder with one folder per class",
+        help="cifar10, cifar100, mnist, fashion-mnist, an .npz file, or a folder with one folder per class "
+        "(default: the preset's)",
+    )
+    parser.add_argument("--preset", metavar="P", help="a recipe of the papers, as listed by --presets")
+    parser.add_argument(
+        "--presets",
+        nargs="?",
+        const="",
+        metavar="START",
+        help="list the presets (whose names start with START) and stop; a whole name shows all of it",
     )
     parser.add_argument(
         "--arch",
-        default="compact-resnet",
+        dest="architecture",
         metavar="A",
         help="one of the architectures above (default: compact-resnet)",
     )
@@ -64,32 +95,32 @@ guard export runs/tulip --out models/tulip""",
     )
     parser.add_argument(
         "--pre-logit-sigmoid",
-        action="store_true",
-        help="normalize and bound the features before the last layer: t tanh(x/t), t learned",
+        action=argparse.BooleanOptionalAction,
+        help="bound the features before the last layer by t tanh(x/t), t learned (default: no)",
     )
     parser.add_argument(
-        "--regularizer", nargs="+", default=["none"], metavar="R", help="as above (default: none)"
+        "--regularizer", dest="regularizers", nargs="+", metavar="R", help="as above (default: none)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in RUN, if there is one")
 
     course = parser.add_argument_group("training")
-    course.add_argument("--epochs", type=int, default=20, metavar="N", help="(default: 20)")
-    course.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
-    course.add_argument(
-        "--learning-rate", type=float, default=0.2, metavar="X", help="the highest (default: 0.2)"
-    )
+    course.add_argument("--epochs", type=int, metavar="N", help="(default: 20)")
+    course.add_argument("--batch-size", type=int, metavar="N", help="(default: 256)")
+    course.add_argument("--learning-rate", type=float, metavar="X", help="the highest (default: 0.2)")
     course.add_argument(
         "--schedule",
-        choices=("one-cycle", "cosine", "step", "constant"),
-        default="one-cycle",
-        help="of the learning rate after warm-up (default: one-cycle)",
+        metavar="S",
+        help="of the learning rate after warm-up: one-cycle, cosine, step, fifths, tenths, three-slopes, "
+        "constant, or knots share:value, as in 0:0,0.4:1,0.8:0.05,1:0; those that start at 0 have no other "
+        "warm-up (default: one-cycle)",
     )
+    course.add_argument("--warmup", type=float, metavar="SHARE", help="of all steps (default: 0.2)")
+    course.add_argument("--momentum", type=float, metavar="X", help="(default: 0.9)")
     course.add_argument(
-        "--warmup", type=float, default=0.2, metavar="SHARE", help="of all steps (default: 0.2)"
+        "--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov's momentum (default: yes)"
     )
-    course.add_argument("--momentum", type=float, default=0.9, metavar="X", help="Nesterov's (default: 0.9)")
-    course.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="(default: 0.0005)")
+    course.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0.0005)")
     course.add_argument(
         "--held-out",
         type=int,
@@ -97,20 +128,18 @@ guard export runs/tulip --out models/tulip""",
         help="last training images (random ones if sorted by class) kept for the log's accuracy "
         "(default: 1000, at most a tenth)",
     )
-    course.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    course.add_argument("--seed", type=int, metavar="N", help="(default: 0)")
 
     images = parser.add_argument_group("changes to the images")
     images.add_argument(
-        "--crop", type=int, default=4, metavar="N", help="shift by up to N pixels (default: 4)"
+        "--crop", dest="padding", type=int, metavar="N", help="shift by up to N pixels (default: 4)"
     )
     images.add_argument(
         "--mirror",
         action=argparse.BooleanOptionalAction,
         help="mirror half of them (default: yes, but not for mnist)",
     )
-    images.add_argument(
-        "--cutout", type=int, default=8, metavar="N", help="paint a square of N pixels (default: 8)"
-    )
+    images.add_argument("--cutout", type=int, metavar="N", help="paint a square of N pixels (default: 8)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -119,8 +148,13 @@ guard export runs/tulip --out models/tulip""",
     machine.add_argument(
         "--precision",
         choices=("auto", "bf16", "float32"),
-        default="auto",
-        help="of convolutions and products (default: bf16 where the device computes in it)",
+        help="of convolutions and products (default: auto, bf16 where the device computes in it; with a "
+        "preset float32, as in the papers)",
+    )
+    machine.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the passes that allow it (default: no)",
     )
     machine.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: torch's)")
     machine.add_argument(
@@ -133,54 +167,82 @@ def run(arguments: argparse.Namespace) -> int:
 
     from guard import data
     from guard.errors import UsageError
-    from guard.training.loop import Settings, chosen_device, chosen_precision, train
+    from guard.training import curves, presets
+    from guard.training.loop import chosen_device, train
 
+    if arguments.presets is not None or arguments.preset == "list":
+        return _list_presets(arguments)
+    preset = None if arguments.preset is None else presets.preset(arguments.preset)
+    name = arguments.dataset or (preset.dataset if preset else None)
+    if name is None:
+        why = (
+            f"{preset.name} is trained on a data set that is not fetched"
+            if preset
+            else "there is no --preset"
+        )
+        raise UsageError(f"--dataset is missing, and {why}: expected a name, an .npz file or a folder.")
+    if arguments.out is None:
+        raise UsageError("--out is missing: expected the folder that the run is kept in.")
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise UsageError(f"--threads is {arguments.threads}: expected 1 or more.")
         torch.set_num_threads(arguments.threads)
     device = chosen_device(arguments.device)
-    mirror = arguments.mirror
-    settings = Settings(
-        architecture=arguments.arch,
-        width=arguments.width,
-        pre_logit_sigmoid=arguments.pre_logit_sigmoid,
-        regularizers=tuple(arguments.regularizer),
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        momentum=arguments.momentum,
-        weight_decay=arguments.weight_decay,
-        schedule=arguments.schedule,
-        warmup=arguments.warmup,
-        padding=arguments.crop,
-        mirror=arguments.dataset not in _NOT_MIRRORED if mirror is None else mirror,
-        cutout=arguments.cutout,
-        held_out=arguments.held_out or 0,
-        precision=chosen_precision(arguments.precision, device),
-        seed=arguments.seed,
-    )
+    settings = _settings(arguments, preset, name, device)
     settings.check()
-    training = data.load(arguments.dataset, "train")
+    training = data.load(name, "train")
     if arguments.held_out is None:
         settings = replace(settings, held_out=min(1000, len(training) // 10))
     result = train(
         training,
         settings,
         arguments.out,
-        test=data.test_split(arguments.dataset, training),
+        test=data.test_split(name, training),
         resume=arguments.resume,
         device=device,
         deterministic=arguments.deterministic,
         arguments=arguments_of(arguments),
     )
-    record = {"run": str(arguments.out), **result.metrics, "test_accuracy": result.test_accuracy}
+    page = arguments.out / curves.CURVES
+    record = {
+        "run": str(arguments.out),
+        "curves": str(page),
+        **result.metrics,
+        "test_accuracy": result.test_accuracy,
+    }
     lines = [f"wrote {arguments.out}"]
     held_out = result.metrics.get("held_out_accuracy")
     if held_out is not None:
         lines.append(f"  accuracy  {held_out:.2%} of {settings.held_out} images held out")
     if result.test_accuracy is not None:
         lines.append(f"  accuracy  {result.test_accuracy:.2%} of the test images")
+    lines.append(f"  curves    {page}")
     lines.append(f"next: guard export {arguments.out} --out BUNDLE")
     emit(arguments, record, "\n".join(lines))
+    return 0
+
+
+def _settings(
+    arguments: argparse.Namespace, preset: "Preset | None", dataset: str, device: str
+) -> "Settings":
+    """The flags that were given, else the preset's settings, else the general ones."""
+    from guard.training.loop import Settings, chosen_precision
+
+    base = preset.settings if preset else Settings()
+    given = {name: getattr(arguments, name, None) for name in asdict(base)}
+    given["regularizers"] = tuple(arguments.regularizers) if arguments.regularizers else None
+    if arguments.precision or not preset:
+        given["precision"] = chosen_precision(arguments.precision or "auto", device)
+    if given["mirror"] is None and dataset in _NOT_MIRRORED:
+        given["mirror"] = False
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _list_presets(arguments: argparse.Namespace) -> int:
+    from guard.training import presets
+
+    found = presets.chosen(arguments.presets or "")
+    whole = [entry for entry in found if entry.name == arguments.presets]
+    record = {"presets": [asdict(entry) for entry in found]}
+    emit(arguments, record, presets.details(whole[0]) if whole else presets.table(found))
     return 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from guard.errors import UsageError
 from guard.training import baselines, manifold, regularizers
 from guard.training.passes import Passes, RegularizedLoss
+from guard.training.schedules import Ramp
 
 REGULARIZERS: dict[str, Callable[..., RegularizedLoss]] = {
     "none": regularizers.none,
@@ -47,21 +48,6 @@ _ELSEWHERE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Ramp:
-    """A hyperparameter that goes straight from `start` to `end` between two shares of training."""
-
-    start: float
-    end: float
-    begins: float
-    ends: float
-
-    def at(self, progress: float) -> float:
-        """The value when the share `progress` of training is done."""
-        done = (progress - self.begins) / (self.ends - self.begins)
-        return self.start + (self.end - self.start) * min(max(done, 0.0), 1.0)
-
-
 Value = float | int | str | Ramp
 
 
@@ -82,6 +68,11 @@ class Regularizer:
             key: value.at(progress) if isinstance(value, Ramp) else value
             for key, value in self.settings.items()
         }
+
+    @property
+    def ramps(self) -> dict[str, Ramp]:
+        """The hyperparameters that change over training."""
+        return {key: value for key, value in self.settings.items() if isinstance(value, Ramp)}
 
     @property
     def replays(self) -> int:
@@ -166,17 +157,17 @@ def _value(name: str, parameter: Parameter, text: str) -> Value:
 
 def _ramp(name: str, parameter: Parameter, text: str) -> Ramp:
     values, _, shares = text.partition("@")
-    start, _, end = values.partition("..")
-    begins, between, ends = (shares or "0..1").partition("..")
+    first, _, last = values.partition("..")
+    start, between, stop = (shares or "0..1").partition("..")
     try:
         ramp = Ramp(
-            _number(name, parameter, start), _number(name, parameter, end), float(begins), float(ends)
+            _number(name, parameter, first), _number(name, parameter, last), float(start), float(stop)
         )
     except ValueError:
         ramp = None
-    if ramp is None or not between or not 0 <= ramp.begins < ramp.ends <= 1:
+    if ramp is None or not between or not 0 <= ramp.start < ramp.stop <= 1:
         raise UsageError(
-            f"regularizer {name}: {parameter.name} is {text!r}; a ramp is written FROM..TO@BEGIN..END, the "
+            f"regularizer {name}: {parameter.name} is {text!r}; a ramp is written FROM..TO@START..STOP, the "
             "last two shares of training from 0 to 1, as in 0.8..8@0.2..0.8."
         )
     return ramp

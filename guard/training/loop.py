@@ -23,7 +23,7 @@ from guard import files
 from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
 from guard.progress import Progress
-from guard.training import architectures, augment, checkpoint, grammar, schedules
+from guard.training import architectures, augment, checkpoint, curves, grammar, schedules
 from guard.training.passes import Passes, compiled
 
 CONFIG = "config.json"
@@ -56,6 +56,7 @@ class Settings:
     batch_size: int = 256
     learning_rate: float = 0.2
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 5e-4
     schedule: str = "one-cycle"
     warmup: float = 0.2
@@ -87,8 +88,7 @@ class Settings:
             self.weight_decay,
             "a number of 0 or more",
         )
-        known = ", ".join(schedules.SCHEDULES)
-        demand(self.schedule in schedules.SCHEDULES, "--schedule", self.schedule, f"one of {known}")
+        schedules.named(self.schedule)
         demand(0 <= self.warmup < 1, "--warmup", self.warmup, "a share of training, below 1")
         demand(self.padding >= 0, "--crop", self.padding, "0 pixels or more")
         demand(self.cutout >= 0, "--cutout", self.cutout, "0 pixels or more")
@@ -116,7 +116,7 @@ def train(
     deterministic: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Trains on `dataset`; keeps `config.json`, `checkpoint.pt` and `metrics.jsonl` in the folder `out`.
+    """Trains on `dataset`; keeps `config.json`, `checkpoint.pt`, `metrics.jsonl` and `curves.html` in `out`.
 
     `test` is looked at once, at the end. A run that was stopped anywhere and resumed ends with the same
     weights, bit by bit, as one that was not: on the CPU with the same number of threads, on CUDA with
@@ -151,17 +151,21 @@ def train(
         if resume and run.path.exists():
             run.restore(checkpoint.load(run.path))
         metrics = read_metrics(out)[: run.epoch]
+        _write_curves(out, config, metrics)
         done = run.epoch * batches.steps + run.step
         with Progress(settings.epochs * batches.steps - done, f"train {out.name}") as progress:
             while run.epoch < settings.epochs:
                 metrics.append(run.finish_epoch(progress))
                 _write_metrics(out, metrics)
+                _write_curves(out, config, metrics)
                 run.save()
         accuracy = None
         if test is not None:
             images, labels = checked(test)
             accuracy = run.accuracy(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
-            _write_metrics(out, [*metrics, {"test_accuracy": accuracy, "test_images": len(labels)}])
+            tested = [*metrics, {"test_accuracy": accuracy, "test_images": len(labels)}]
+            _write_metrics(out, tested)
+            _write_curves(out, config, tested)
     return Result(out, metrics[-1] if metrics else {}, accuracy)
 
 
@@ -447,7 +451,7 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
+        nesterov=settings.nesterov and settings.momentum > 0,
     )
 
 
@@ -521,3 +525,7 @@ def read_metrics(run: Path) -> list[Metrics]:
 
 def _write_metrics(out: Path, metrics: Sequence[Metrics]) -> None:
     files.write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def _write_curves(out: Path, config: Mapping[str, Any], metrics: Sequence[Metrics]) -> None:
+    files.write_text(out / curves.CURVES, curves.page(out.name, config, metrics))
