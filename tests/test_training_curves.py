@@ -73,7 +73,7 @@ class TestPage:
         assert {title: legend(figure) for title, figure in found.items()} == {
             "loss nats per image": ["loss 0.75", "data term 0.5"],
             "accuracy %": ["training batches 50", "held-out images 25"],
-            "stability": ["stability 2"],
+            "stability squared l2 distance of probabilities, summed over the batch": ["stability 2"],
             "gradient l2 loss per unit of l2 distance": ["gradient l2 1.5"],
             "learning rate at the end of the epoch": ["learning rate 0.1"],
             "stability: weight as scheduled": ["weight 3.2"],  # a third of the way from 0.8 to 8
