@@ -13,9 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "guard"
 # Lowest first. A sub-package stands as one entry; its modules may import one another, without cycles.
 LAYERS = (
     ("", "errors", "progress"),
-    ("batching", "certificate", "extremes", "files", "graph", "images", "logs", "metrics", "openapi"),
+    (
+        "batching",
+        "certificate",
+        "curves",
+        "extremes",
+        "files",
+        "graph",
+        "images",
+        "logs",
+        "metrics",
+        "neighbours",
+        "openapi",
+    ),
     ("archives", "bundle", "free_batch", "http", "operators", "samples", "settings", "stages", "statistics"),
-    ("autodiff", "card", "data"),
+    ("autodiff", "bounds", "card", "data"),
     ("guarded",),
     ("adapt", "attacks", "runtime"),
     ("decision", "fitting", "wrap"),

@@ -1,12 +1,19 @@
-"""`guard info`: what is in a bundle, in one screen."""
+"""`guard info`: what is in a bundle, or in a data set, in one screen."""
 
 import argparse
+import math
 import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
+from guard.errors import UsageError
 
 if TYPE_CHECKING:
+    from guard.bounds import Bound, WeightBounds
     from guard.bundle import Bundle, Calibration, Manifest, RadiusCalibration
 
 _WIDTH = 80
@@ -20,15 +27,55 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         description="""\
 Show what is in a bundle: the model, how uploads become its inputs, what the
-calibration promises and what was measured. All digests are checked.""",
+calibration promises and what was measured. All digests are checked.
+
+With --dataset: facts about labelled images instead. How far apart they lie,
+which are duplicates, and the Lipschitz constant that the classes' distance
+forces on a classifier. 50,000 images of CIFAR take some minutes.""",
         example="""\
 guard info
-guard info models/resnet50 --json""",
+guard info models/resnet50 --json
+guard info --bounds
+guard info --dataset cifar10 --out stability.svg""",
     )
     add_bundle(parser)
+    parser.add_argument(
+        "--bounds",
+        action="store_true",
+        help="also bound the logits' slope by the weights alone (takes some seconds)",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="D",
+        help="a known data set's name, an .npz file, or a folder with one sub-folder per class",
+    )
+    parser.add_argument(
+        "--split", choices=("train", "test"), help="with --dataset: which part of it (default: train)"
+    )
+    parser.add_argument("--norm", choices=("l2", "linf"), help="with --dataset: of distances (default: l2)")
+    parser.add_argument(
+        "--eps",
+        type=_number,
+        metavar="E",
+        help="with --dataset: also the shares of images within 2 eps of another, such as 8/255",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="F.svg", help="with --dataset: draw the data-stability curve"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.dataset is not None:
+        from guard.cli import dataset_facts
+
+        return dataset_facts.run(arguments)
+    for name in ("split", "norm", "eps", "out"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} is about a data set: give --dataset D with it.")
+    return _run_bundle(arguments)
+
+
+def _run_bundle(arguments: argparse.Namespace) -> int:
     from guard import bundle as bundles
     from guard.guarded import GRAPH_VERSION
 
@@ -41,18 +88,26 @@ def run(arguments: argparse.Namespace) -> int:
         "manifest": bundle.manifest.model_dump(mode="json"),
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
     }
-    emit(arguments, record, "\n".join(_screen(bundle, record["bytes"])))
+    bounds = None
+    if arguments.bounds:
+        import onnx
+
+        from guard.bounds import weight_bounds
+
+        bounds = weight_bounds(onnx.load(bundle.path / "model.onnx"))
+        record["bounds"] = asdict(bounds)
+    emit(arguments, record, "\n".join(_screen(bundle, record["bytes"], bounds)))
     return 0
 
 
-def _screen(bundle: "Bundle", size: int) -> list[str]:
+def _screen(bundle: "Bundle", size: int, bounds: "WeightBounds | None") -> list[str]:
     manifest, shape = bundle.manifest, bundle.manifest.input
     facts = [
         ("bundle", f"{bundle.path}, {file_size(size)}, digests match"),
         ("model sha256", bundle.digest.removeprefix("sha256:")),
         ("input", f"{shape.channels} x {shape.height} x {shape.width}, pixels in [0, 1]"),
         ("uploads", _uploads(manifest)),
-        ("classes", _classes(manifest.class_names)),
+        ("classes", class_list(manifest.class_names)),
         ("made", _made(manifest.provenance)),
     ]
     calibration = bundle.calibration
@@ -61,7 +116,14 @@ def _screen(bundle: "Bundle", size: int) -> list[str]:
     else:
         facts += _detection(calibration)
         facts += [(f"{norm} radius", _radius(radii)) for norm, radii in _norms(calibration)]
-    lines = [manifest.name]
+    if bounds is not None:
+        facts += _slopes(bounds, calibration)
+    return screen_lines(manifest.name, facts)
+
+
+def screen_lines(title: str, facts: list[tuple[str, str]]) -> list[str]:
+    """The facts by name under a title, wrapped to a screen's width."""
+    lines = [title]
     for name, text in facts:
         lines += textwrap.wrap(
             text, _WIDTH, initial_indent=f"  {name:<13s} ", subsequent_indent=" " * 16, break_long_words=False
@@ -79,7 +141,8 @@ def _uploads(manifest: "Manifest") -> str:
     )
 
 
-def _classes(names: list[str]) -> str:
+def class_list(names: Sequence[str]) -> str:
+    """How many classes there are, and the first of them by name."""
     shown = textwrap.shorten(", ".join(names), _NAMED, placeholder=" ...")
     return f"{len(names)}: {shown}"
 
@@ -136,3 +199,32 @@ def _radius(radii: "RadiusCalibration") -> str:
     if radii.conformal is not None:
         text += f"; conformal ones at alpha {radii.conformal.alpha:g}"
     return text
+
+
+def _slopes(bounds: "WeightBounds", calibration: "Calibration | None") -> list[tuple[str, str]]:
+    """The margin's slope: what is fitted, and what the weights alone allow."""
+    radii = {} if calibration is None else dict(_norms(calibration))
+    facts = []
+    for norm in ("l2", "linf"):
+        parts = [f"L = {radii[norm].lipschitz:.3g} fitted (an estimate)"] if norm in radii else []
+        parts += [
+            f"at most {_bound(bounds.layers[norm])} by the product of layer norms (sound)",
+            f"at most {_bound(bounds.paths[norm])} by the product of absolute weights (sound)",
+            f"{_bound(bounds.lemma[norm])} as the product of weights (no bound)",
+        ]
+        facts.append((f"{norm} slope", "margin: " + "; ".join(parts)))
+    return facts
+
+
+def _bound(bound: "Bound") -> str:
+    return f"[not computed: {bound.reason}]" if bound.margin is None else f"{bound.margin:.3g}"
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 0.5 or 8/255, not {text!r}")
+    return value

@@ -1,0 +1,22 @@
+"""The picture is sound XML that holds the curves where they belong."""
+
+from xml.etree import ElementTree as ET
+
+from guard.curves import picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_curves_stand_where_their_values_are() -> None:
+    text = picture("a < b & c", "eps", [0, 1, 2], {"first": [0, 0.5, 1], "second": [1, 1, 1]})
+    root = ET.fromstring(text)
+    first, second = (line.attrib["points"].split() for line in root.iter(f"{SVG}polyline"))
+    low, middle, high = (tuple(map(float, point.split(","))) for point in first)
+    assert middle == ((low[0] + high[0]) / 2, (low[1] + high[1]) / 2)
+    assert low[1] > high[1]  # SVG counts downwards
+    assert {point.split(",")[1] for point in second} == {f"{high[1]:.1f}"}
+    assert "a < b & c" in [element.text for element in root.iter(f"{SVG}text")]
+
+
+def test_a_curve_over_one_distance_is_drawn() -> None:
+    ET.fromstring(picture("t", "eps", [0.0, 0.0], {"only": [1, 1]}))
