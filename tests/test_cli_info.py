@@ -7,10 +7,11 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 from PIL import Image
 
 from guard.cli import main
-from tests.networks import convolutional
+from tests.networks import convolutional, model
 
 Captured = pytest.CaptureFixture[str]
 
@@ -117,6 +118,18 @@ def test_bounds_stand_beside_what_is_there(tmp_path: Path, capsys: Captured) -> 
     assert bounds["layers"]["l2"]["margin"] > bounds["layers"]["l2"]["logits"] > 0
     assert main(["info", str(tmp_path / "b"), "--bounds"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"{bounds['layers']['l2']['margin']:.3g} by the product of layer norms (sound)" in text
+    assert f"product of layer norms {bounds['layers']['l2']['margin']:.3g} (sound, up to rounding)" in text
     assert main(["info", str(tmp_path / "b")]) == 0
     assert "slope" not in capsys.readouterr().out
+
+
+def test_operators_without_a_bound_are_named(tmp_path: Path, capsys: Captured) -> None:
+    nodes = [
+        helper.make_node("Mul", ["images", "images"], ["squared"]),
+        helper.make_node("Flatten", ["squared"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weight"], ["logits"]),
+    ]
+    onnx.save(model(nodes, {"weight": np.ones((4, 3), np.float32)}, (1, 2, 2), 3), tmp_path / "net.onnx")
+    assert main(["wrap", str(tmp_path / "net.onnx"), "--out", str(tmp_path / "b")]) == 0
+    assert main(["info", str(tmp_path / "b"), "--bounds"]) == 0
+    assert "product of layer norms not computed: Mul" in " ".join(capsys.readouterr().out.split())

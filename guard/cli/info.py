@@ -13,7 +13,7 @@ from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle
 from guard.errors import UsageError
 
 if TYPE_CHECKING:
-    from guard.bounds import Bound, WeightBounds
+    from guard.bounds import WeightBounds
     from guard.bundle import Bundle, Calibration, Manifest, RadiusCalibration
 
 _WIDTH = 80
@@ -207,17 +207,17 @@ def _slopes(bounds: "WeightBounds", calibration: "Calibration | None") -> list[t
     facts = []
     for norm in ("l2", "linf"):
         parts = [f"L = {radii[norm].lipschitz:.3g} fitted (an estimate)"] if norm in radii else []
-        parts += [
-            f"at most {_bound(bounds.layers[norm])} by the product of layer norms (sound)",
-            f"at most {_bound(bounds.paths[norm])} by the product of absolute weights (sound)",
-            f"{_bound(bounds.lemma[norm])} as the product of weights (no bound)",
-        ]
+        for name, bound, status in (
+            ("product of layer norms", bounds.layers[norm], "sound, up to rounding"),
+            ("product of absolute weights", bounds.paths[norm], "sound, up to rounding"),
+            ("product of weights", bounds.lemma[norm], "no bound"),
+        ):
+            value = (
+                f"not computed: {bound.reason}" if bound.margin is None else f"{bound.margin:.3g} ({status})"
+            )
+            parts.append(f"{name} {value}")
         facts.append((f"{norm} slope", "margin: " + "; ".join(parts)))
     return facts
-
-
-def _bound(bound: "Bound") -> str:
-    return f"[not computed: {bound.reason}]" if bound.margin is None else f"{bound.margin:.3g}"
 
 
 def _number(text: str) -> float:
