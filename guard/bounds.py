@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from guard.errors import GuardError, UnsupportedOperatorError
-from guard.graph import Array, Graph, attributes, depending
+from guard.graph import SHAPE_READERS, Array, Graph, attributes, depending
 from guard.operators.convolution import Window, window
 from guard.progress import Progress
 
@@ -145,14 +145,14 @@ class _NoRuleError(UnsupportedOperatorError):
 
 def _walk(graph: Graph) -> Iterator[tuple[NodeProto, list[str]]]:
     """The nodes between images and logits, in order, each with those of its inputs that depend on images."""
-    reached = depending(graph.nodes, graph.inputs, frozenset())
+    reached = depending(graph.nodes, graph.inputs, SHAPE_READERS)
     wanted = {graph.outputs[0]}
     for node in reversed(graph.nodes):
         if wanted.intersection(node.output):
             wanted.update(name for name in node.input if name)
     for node in graph.nodes:
         dynamic = [name for name in node.input if name in reached and not graph.is_constant(name)]
-        if dynamic and wanted.intersection(node.output):
+        if dynamic and wanted.intersection(node.output) and reached.intersection(node.output):
             yield node, dynamic
 
 
@@ -386,6 +386,11 @@ def _linearize(graph: Graph, node: NodeProto, dynamic: list[str], linear: _Linea
     elif node.op_type == "AveragePool":
         _refuse_unless(node, _plain_average(node))
         linear.add(node.op_type, dynamic, node, **given)
+    elif node.op_type == "Reshape":
+        # its target may be computed from the batch size
+        _refuse_unless(node, graph.shape(node.output[0])[:1] == (None,))
+        target = np.array([-1, *graph.static_shape(node.output[0], 1)])
+        linear.add("Reshape", [dynamic[0], linear.constant(target)], node)
     elif node.op_type == "Dropout":
         _refuse_unless(node, len(node.input) < 3)
         linear.add("Identity", dynamic, node)

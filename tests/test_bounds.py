@@ -314,3 +314,15 @@ def test_what_overflows_is_said() -> None:
     found = weight_bounds(two_layers(large, large, np.zeros(2)))
     assert found.paths["l2"].reason == "larger than a number holds"
     assert values(found.layers["l2"])[0] == pytest.approx(np.sqrt(2) * 1e30 * 2e30, rel=1e-5)
+
+
+def test_a_reshape_by_the_batch_size_is_followed() -> None:
+    weight = rng(0).normal(size=(3, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Shape", ["images"], ["size"], start=0, end=1),
+        helper.make_node("Concat", ["size", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["images", "target"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weight"], ["logits"], transB=1),
+    ]
+    found = weight_bounds(network(nodes, {"weight": weight, "rest": np.array([-1])}, (1, 2, 2), 3))
+    assert found == weight_bounds(networks.linear(weight))
