@@ -16,7 +16,6 @@ LAYERS = (
     (
         "batching",
         "certificate",
-        "curves",
         "extremes",
         "files",
         "graph",
@@ -25,6 +24,7 @@ LAYERS = (
         "metrics",
         "neighbours",
         "openapi",
+        "stability_curve",
     ),
     ("archives", "bundle", "free_batch", "http", "operators", "samples", "settings", "stages", "statistics"),
     ("autodiff", "bounds", "card", "data"),

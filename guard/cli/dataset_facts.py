@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from guard import data
 from guard.cli.info import class_list, screen_lines
 from guard.cli.options import emit
-from guard.curves import picture
 from guard.errors import UsageError
 from guard.files import atomic_open
 from guard.neighbours import Nearest, Pair, Separation, lipschitz, separation, stability
+from guard.stability_curve import picture
 
 _LISTED = 5  # conflicting images named on the screen
 _POINTS = 101  # of the stability curve

@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree as ET
 
-from guard.curves import picture
+from guard.stability_curve import picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 
