@@ -16,6 +16,7 @@ from guard.training import curves
 SVG = "{http://www.w3.org/2000/svg}"
 XHTML = "{http://www.w3.org/1999/xhtml}"
 
+STABILITY = "stability squared l2 distance of probabilities, summed over the batch"
 RAMPS = ("stability:weight=0.8..8@0.2..0.8,eps=2/255..8/255@0.1..0.35", "tv-l2:eps=0.01")
 
 
@@ -73,7 +74,7 @@ class TestPage:
         assert {title: legend(figure) for title, figure in found.items()} == {
             "loss nats per image": ["loss 0.75", "data term 0.5"],
             "accuracy %": ["training batches 50", "held-out images 25"],
-            "stability squared l2 distance of probabilities, summed over the batch": ["stability 2"],
+            STABILITY: ["stability 2"],
             "gradient l2 loss per unit of l2 distance": ["gradient l2 1.5"],
             "learning rate at the end of the epoch": ["learning rate 0.1"],
             "stability: weight as scheduled": ["weight 3.2"],  # a third of the way from 0.8 to 8
@@ -143,8 +144,8 @@ class TestPage:
         loss = found["loss nats per image"]
         assert [len(points(path)) for path in paths(loss)] == [2, 2, 7]  # loss twice, then the data term
         assert len(list(loss.iter(f"{SVG}circle"))) == 1
-        assert [len(points(path)) for path in paths(found["stability"])] == [5]
-        assert legend(found["stability"]) == ["stability not finite"]
+        assert [len(points(path)) for path in paths(found[STABILITY])] == [5]
+        assert legend(found[STABILITY]) == ["stability not finite"]
         assert not re.search(r"\b(nan|inf)\b", curves.page("run", config(7), lines))
 
     def test_nothing_but_nan(self) -> None:
@@ -155,7 +156,7 @@ class TestPage:
     @pytest.mark.parametrize("extreme", [1e308, -1e308, 5e-324, -0.0, 1e299, 1e-299, 3.4e38])
     def test_extremes_draw_too(self, extreme: float) -> None:
         lines = [line(1, stability=0.0), line(2, stability=extreme), line(3, stability=-extreme)]
-        assert legend(figures(curves.page("run", config(), lines))["stability"])
+        assert legend(figures(curves.page("run", config(), lines))[STABILITY])
 
     def test_without_held_out_images(self) -> None:
         lines = [line(1)]
@@ -163,8 +164,7 @@ class TestPage:
         assert legend(figures(curves.page("run", config(), lines))["accuracy %"]) == ["training batches 50"]
 
     def test_names_are_escaped(self) -> None:
-        odd = config(regularizers=("<b>&:weight=1..2@0..1",))
-        text = curves.page('a<b>&"c', odd, [line(1, **{"x<y": 1.0})])
+        text = curves.page('a<b>&"c', config(), [line(1, **{"x<y": 1.0})])
         assert "<b>&" not in text
         assert "x<y" in figures(text)
 
