@@ -5,13 +5,14 @@ beside the settings below; `docs/decisions/0059-presets.md` gives the reasons.
 """
 
 import difflib
-import re
-from collections import Counter
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from guard.errors import UsageError
 from guard.training.loop import Settings
+
+_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _lip() -> Iterable[Preset]:
 # The loss is (2.9)'s: differences of h = 1e-3, which need full precision.
 def _lipgen_terms(eps: str | None, weight: str | None) -> tuple[str, ...]:
     variation = [f"tv-l2:eps={eps},form=penalty,h=0.001"] if eps else []
-    return (*variation, *([f"lipschitz:weight={weight},h=0.001"] if weight else []))
+    return (*variation, *([f"lipschitz:weight={weight}"] if weight else []))
 
 
 _LIPGEN_MEASURES = (
@@ -514,40 +515,40 @@ def heading(figure: Figure) -> str:
 
 
 def table(entries: Sequence[Preset]) -> str:
-    """The presets in lines: a block for every paper and data set, with up to four of the paper's figures."""
-    blocks = []
+    """The presets under a heading for every paper and data set, each with its regularizers and the paper's
+    figures for clean images and distances; `details` has the others.
+    """
+    lines = []
     for paper, dataset in dict.fromkeys((entry.paper, entry.dataset) for entry in entries):
+        lines += ["", f"{paper}, {dataset or 'ImageNet (a folder of yours)'}"]
         rows = [entry for entry in entries if (entry.paper, entry.dataset) == (paper, dataset)]
-        shown = _shown(rows)
-        lines = [("preset", "network", "epochs", "table", *shown, "regularizer")]
+        longest = max(len(entry.name) for entry in rows)
         for entry in rows:
-            figures = {_column(figure): f"{figure.value:g}" for figure in entry.figures}
             sigmoid = " + sigmoid" if entry.settings.pre_logit_sigmoid else ""
-            network, epochs = f"{entry.settings.architecture}{sigmoid}", str(entry.settings.epochs)
-            source = entry.source.partition(" ")[2].removeprefix("Table ")
-            # Where ramps run is left out: `details` has it.
-            first, *others = (re.sub(r"@[\d.]+", "", text) for text in entry.settings.regularizers)
-            cells = [figures.get(name, "") for name in shown]
-            lines.append((entry.name, network, epochs, source, *cells, first))
-            lines += [("", "", "", "", *[""] * len(shown), text) for text in others]
-        blocks.append(f"{paper}, {dataset or 'ImageNet (a folder of yours)'}\n{_aligned(lines)}")
-    return "\n\n".join(blocks)
+            network = f"{entry.settings.architecture}{sigmoid}, {entry.settings.epochs} epochs"
+            lines.append(f"  {entry.name:{longest}s}  {network}")
+            lines += [f"      {text}" for text in entry.settings.regularizers if text != "none"]
+            lines += textwrap.wrap(
+                f"{entry.source.partition(' ')[2]}: {_in_short(entry)}",
+                _WIDTH,
+                initial_indent=6 * " ",
+                subsequent_indent=8 * " ",
+            )
+    return "\n".join(lines[1:])
 
 
-def _shown(entries: Iterable[Preset]) -> list[str]:
-    """The columns of the figures that most rows have, at least two and at most four, clean images first."""
+def _in_short(entry: Preset) -> str:
     telling = ("error", "top5_error", "accuracy", "verified", "median_l2", "mean_l2")
-    found = Counter(
-        (figure.at != "", _column(figure))
-        for entry in entries
-        for figure in entry.figures
-        if figure.measure in telling
-    )
-    return [column for _, column in sorted(key for key, count in found.most_common(4) if count > 1)]
+    found = {_column(figure): figure for figure in entry.figures if figure.measure in telling}
+    texts = []
+    for figure in found.values():
+        measure, at = MEASURES[figure.measure], f" at {figure.at}" if figure.at else ""
+        texts.append(f"{measure.label}{at} {figure.value:g}{measure.unit}")
+    return ", ".join(texts) or "curves only"
 
 
 def _column(figure: Figure) -> str:
-    return f"{figure.measure}@{figure.at}" if figure.at else figure.measure
+    return f"{figure.measure}@{figure.at}"
 
 
 def details(entry: Preset) -> str:
