@@ -215,7 +215,7 @@ def train_row(row: Row, seed: int, scale: Scale, run: Path, device: str) -> None
         dataset,
         settings,
         run,
-        test=data.test_split(row.dataset, dataset),
+        test=data.test_split(row.dataset, dataset.class_names),
         resume=True,
         device=device,
         arguments={"command": "python -m benchmarks.regularizers"},

@@ -60,7 +60,7 @@ def load(source: str | Path, split: Split = "test", *, decode: Decode | None = N
     `source` is a known name (cifar10, cifar100, mnist, fashion-mnist: `<name>.npz` in the cache folder,
     fetched there once where absent), the path of an `.npz` file of the same arrays, or a folder of images:
     one sub-folder per class, whose name is the class's, or images alone, which then have no labels. A folder
-    is taken whole for either split unless it has a sub-folder of the split's name.
+    is taken whole for either split unless it has a sub-folder of the split's name (`val` does for `test`).
 
     `decode` turns the bytes of a folder's image into float32 (C, H, W) in [0, 1]; without it images become
     RGB at their own size, which must be the same for all.
@@ -69,8 +69,7 @@ def load(source: str | Path, split: Split = "test", *, decode: Decode | None = N
     """
     path = Path(source)
     if path.is_dir():
-        inner = path / split
-        return _from_folder(inner if inner.is_dir() else path, path.name or "images", decode)
+        return _from_folder(split_folder(path, split) or path, path.name or "images", decode)
     if path.suffix == ".npz":
         return _from_npz(path, path.stem, split)
     name = str(source)
@@ -84,20 +83,27 @@ def load(source: str | Path, split: Split = "test", *, decode: Decode | None = N
     return _from_npz(path, name, split)
 
 
-def test_split(source: str | Path, training: Dataset) -> Dataset | None:
-    """The labelled test split beside a training split; None where there is none of its own.
+def test_split(source: str | Path, class_names: Sequence[str]) -> Dataset | None:
+    """The labelled test split beside a training split of these classes; None where there is none of its own.
 
     Raises what `load` raises where it is there and is not what it should be.
     """
     path = Path(source)
     if path.is_dir():
-        return load(path, "test") if (path / "test").is_dir() else None
-    if path.suffix == ".npz":
+        if split_folder(path, "test") is None:
+            return None
+    elif path.suffix == ".npz":
         with path.open("rb") as file, np.load(file) as archive:
             if "x_test" not in archive:
                 return None
     test = load(source, "test")
-    return None if test.labels is None else aligned(test, training.class_names)
+    return None if test.labels is None else aligned(test, class_names)
+
+
+def split_folder(folder: Path, split: Split) -> Path | None:
+    """The sub-folder of a folder of images that holds the split, if there is one."""
+    names = ("train",) if split == "train" else ("test", "val")
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
 def folds(n: int, seed: int) -> dict[str, NDArray[np.int64]]:
@@ -131,15 +137,22 @@ def aligned(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """
     if dataset.labels is None or tuple(class_names) == dataset.class_names:
         return dataset
+    labels = aligned_labels(dataset.name, dataset.labels, dataset.class_names, class_names)
+    return replace(dataset, labels=labels, class_names=tuple(class_names))
+
+
+def aligned_labels(
+    name: str, labels: NDArray[np.int64], names: Sequence[str], class_names: Sequence[str]
+) -> NDArray[np.int64]:
+    """Labels that number `names`, renumbered to `class_names` as `aligned` does; `name` is the data's."""
     numbers = {name: number for number, name in enumerate(class_names)}
-    if all(name in numbers for name in dataset.class_names):
-        table = np.array([numbers[name] for name in dataset.class_names], dtype=np.int64)
-        return replace(dataset, labels=table[dataset.labels], class_names=tuple(class_names))
-    if len(class_names) == len(dataset.class_names):
-        return replace(dataset, class_names=tuple(class_names))
-    stranger = next(name for name in dataset.class_names if name not in numbers)
+    if all(name in numbers for name in names):
+        return np.array([numbers[name] for name in names], dtype=np.int64)[labels]
+    if len(class_names) == len(names):
+        return labels
+    stranger = next(name for name in names if name not in numbers)
     raise DataError(
-        f"{dataset.name}: has {len(dataset.class_names)} classes, the model {len(class_names)}, and "
+        f"{name}: has {len(names)} classes, the model {len(class_names)}, and "
         f"{stranger!r} is none of the model's. Name the class folders as the model's classes are named."
     )
 
@@ -174,8 +187,10 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
     if images.ndim == 3:  # grey images without the channel axis, as Keras stores MNIST
         images = images[..., np.newaxis]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        scale = " Multiply pixels in [0, 1] by 255 and round." if images.dtype.kind == "f" else ""
         raise DataError(
-            f"{path}: {x} is {images.dtype} {images.shape}; expected uint8 (N, H, W, C) with 1 or 3 channels."
+            f"{path}: {x} is {images.dtype} {images.shape}; expected uint8 (N, H, W, C) with 1 or 3 "
+            f"channels.{scale}"
         )
     if not images.size:
         raise DataError(f"{path}: {x} holds no image, its shape is {images.shape}.")
@@ -195,7 +210,10 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
     return Dataset(name, images, labels, class_names, digest_of(images, labels))
 
 
-def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
+def listing(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...]]:
+    """The images of a folder, their labels and the classes' names; no labels and names where it has no
+    sub-folders. Raises `DataError` where a class has no image, and where images lie beside folders.
+    """
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = _images_in(folder)
     if classes and loose:
@@ -208,6 +226,14 @@ def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
         if not files:
             raise DataError(f"{one}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     paths = [file for files in members for file in files]
+    if not classes:
+        return paths, None, ()
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in members])
+    return paths, labels, tuple(one.name for one in classes)
+
+
+def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
+    paths, labels, class_names = listing(folder)
     images = np.empty(0, np.uint8)
     for index, file in enumerate(track(paths, f"read {name}")):
         image = _read_image(file, decode)
@@ -219,10 +245,7 @@ def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
                 "Bring all to one size."
             )
         images[index] = image
-    if not classes:
-        return Dataset(name, images, None, (), digest_of(images, None))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in members])
-    return Dataset(name, images, labels, tuple(one.name for one in classes), digest_of(images, labels))
+    return Dataset(name, images, labels, class_names, digest_of(images, labels))
 
 
 def _images_in(folder: Path) -> list[Path]:

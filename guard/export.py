@@ -77,7 +77,8 @@ def export(
         input=InputShape(channels=channels, height=height, width=width),
         class_names=list(data["class_names"]),
         preprocessing=Preprocessing(
-            colour="rgb" if channels == 3 else "grey", resize=height if height == width else None
+            colour="rgb" if channels == 3 else "grey",
+            resize=data.get("resize") or (height if height == width else None),
         ),
         provenance=provenance(
             arguments or {},
@@ -227,6 +228,12 @@ def train_command(config: Mapping[str, Any]) -> str:
         "held-out": [settings["held_out"]],
         "seed": [settings["seed"]],
     }
+    if settings.get("accumulate", 1) > 1:
+        flags["accumulate"] = [settings["accumulate"]]
+    if settings.get("compile"):
+        flags["compile"] = []
+    if data.get("resize") is not None:
+        flags["image-size"] = [data["shape"][1]]
     words = [word for flag, values in flags.items() for word in (f"--{flag}", *map(str, values))]
     return shlex.join(["guard", "train", *words])
 

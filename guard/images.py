@@ -126,6 +126,17 @@ def decode(
         raise ValueError(f"colour {colour!r} does not make {channels} channels")
     if resize is not None and resize < max(height, width):
         raise ValueError(f"resize to {resize} leaves less than the {height} x {width} that is to be cropped")
+    picture = open_picture(data, colour=colour, declared=declared, limits=limits)
+    pixels = _fit(picture, height, width, resize, interpolation)
+    array = np.asarray(pixels, dtype=np.float32) / np.float32(255)
+    planes = array[np.newaxis] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return np.ascontiguousarray(planes)
+
+
+def open_picture(
+    data: bytes, *, colour: Colour = "rgb", declared: str | None = None, limits: Limits = LIMITS
+) -> Image.Image:
+    """One upload at its own size, upright, in 8-bit RGB or grey; raises `ImageError` as `decode` does."""
     format_ = _check_content(data, declared, limits)
     try:
         with Image.open(io.BytesIO(data), formats=[format_]) as picture:
@@ -135,7 +146,7 @@ def decode(
             stored = picture.tile[0].args if format_ == "PNG" else None
             picture.load()
             _bring_key_to_8_bits(picture, stored)
-            pixels = _fit(_flatten(_upright(picture), colour), height, width, resize, interpolation)
+            return _flatten(_upright(picture), colour)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -148,9 +159,6 @@ def decode(
             code="corrupt_image",
             status=422,
         ) from error
-    array = np.asarray(pixels, dtype=np.float32) / np.float32(255)
-    planes = array[np.newaxis] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return np.ascontiguousarray(planes)
 
 
 def _check_content(data: bytes, declared: str | None, limits: Limits) -> Format:

@@ -282,12 +282,12 @@ class TestHelpers:
 
     def test_the_test_split_beside_a_training_split(self, tmp_path: Path) -> None:
         path = saved(tmp_path / "a.npz", arrays())
-        found = test_split(path, load(path, "train"))
+        found = test_split(path, load(path, "train").class_names)
         assert found is not None
         assert len(found) == 3
         path = saved(tmp_path / "b.npz", arrays(x_test=None, y_test=None))
-        assert test_split(path, load(path, "train")) is None
+        assert test_split(path, load(path, "train").class_names) is None
         path = saved(tmp_path / "c.npz", arrays(y_test=None))
-        assert test_split(path, load(path, "train")) is None
+        assert test_split(path, load(path, "train").class_names) is None
         picture(tmp_path / "folder" / "cat" / "a.png", 1)
-        assert test_split(tmp_path / "folder", load(tmp_path / "folder", "train")) is None
+        assert test_split(tmp_path / "folder", load(tmp_path / "folder", "train").class_names) is None

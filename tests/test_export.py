@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from guard.export import compare, export, to_onnx, train_command
 from guard.files import sha256
 from guard.training import architectures, checkpoint
 from guard.training.architectures import CompactResNet, PreActResNet18
-from guard.training.loop import read_config, read_metrics
+from guard.training.loop import Settings, read_config, read_metrics
 
 
 class Small(CompactResNet):
@@ -143,9 +144,10 @@ class TestBundle:
         assert given.dataset == "my photos"
         assert (given.schedule, given.mirror, given.padding, given.momentum) == ("cosine", False, 0, 0.5)
         assert given.regularizers == ["tulip:eps=0.05,weight=0.01"]
-        # Every setting has its flag, which may be left out where it says no.
+        # Every setting has its flag, which may be left out where it is the default.
+        defaults = asdict(Settings())
         for name, value in config["settings"].items():
-            assert vars(given)[name] == value or (vars(given)[name], value) == (None, False), name
+            assert vars(given)[name] == value or (vars(given)[name] is None and value == defaults[name]), name
 
     def test_takes_no_other_folder(self, run: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")

@@ -71,8 +71,8 @@ class TestFree:
             loss.backward()  # type: ignore[no-untyped-call]
             for call in passes.after_backward:
                 call()
-        assert state["free_perturbation"].abs().max() <= 0.02
-        assert not state["free_perturbation"].requires_grad
+        assert state["free_perturbation_0"].abs().max() <= 0.02
+        assert not state["free_perturbation_0"].requires_grad
 
 
 class TestGaussian:

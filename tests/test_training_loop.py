@@ -6,51 +6,27 @@ import resource
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
-from guard.progress import Progress
-from guard.training import architectures, checkpoint, curves, loop
-from guard.training.loop import Batches, Run, Settings, channel_statistics, read_metrics, train
-
-TINY = Settings(
-    architecture="tiny",
-    regularizers=("tulip:eps=0.05,weight=0.01",),
-    epochs=2,
-    batch_size=8,
-    learning_rate=0.1,
-    padding=1,
-    cutout=2,
-    held_out=10,
-)
-
-
-def dataset(count: int = 70, seed: int = 0) -> Dataset:
-    """Three classes of 8x8 images, told apart by which channel is bright."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, count)
-    images = rng.integers(0, 120, (count, 8, 8, 3))
-    images[np.arange(count), :, :, labels] += 130
-    return Dataset("colours", images.astype(np.uint8), labels, ("red", "green", "blue"), "digest")
-
-
-class WithDropout(architectures.CompactResNet):
-    """Dropout draws from torch's global random state, which a checkpoint must carry."""
-
-    def __init__(self, mean: list[float], deviation: list[float], num_classes: int) -> None:
-        super().__init__(mean, deviation, num_classes, width=2)
-        self.features.append(nn.Dropout(0.2))
+from guard.training import architectures, checkpoint, curves, grammar, loop
+from guard.training.batches import prepare
+from guard.training.loop import Run, read_metrics, train
+from guard.training.passes import Passes
+from tests.colours import TINY, Plain, WithDropout, dataset
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", WithDropout)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "plain", Plain)
     small = partial(architectures.CompactResNet, width=4)
     monkeypatch.setitem(architectures.ARCHITECTURES, "small", small)
 
@@ -120,14 +96,31 @@ class TestTraining:
         result = train(dataset(20), settings, tmp_path / "run")
         assert "held_out_accuracy" not in result.metrics
 
+    def test_tells_regularizers_how_far_it_is_and_replays_batches(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Passes] = []
+        loss = grammar.regularized_loss
+
+        def looked_at(chosen: list[grammar.Regularizer], passes: Passes) -> Any:
+            seen.append(passes)
+            return loss(chosen, passes)
+
+        monkeypatch.setattr(grammar, "regularized_loss", looked_at)
+        settings = replace(TINY, regularizers=("free-linf:eps=0.1,replays=3", "stability:weight=0..1"))
+        train(dataset(), settings, tmp_path / "run")
+        assert [passes.progress for passes in seen] == [(step + 0.5) / 14 for step in range(14)]
+        same = [torch.equal(one.images, other.images) for one, other in pairwise(seen)]
+        assert same == [True, True, False] * 2 + [False] + [True, True, False] * 2  # an epoch has 7 steps
+
     def test_draws_the_curves_anew_after_every_epoch(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         finish_epoch, pages = Run.finish_epoch, []
 
-        def looked_at(run: Run, progress: Progress) -> dict[str, float]:
+        def looked_at(run: Run, *given: Any) -> dict[str, float]:
             pages.append((tmp_path / "run" / "curves.html").read_text())
-            return finish_epoch(run, progress)
+            return finish_epoch(run, *given)
 
         monkeypatch.setattr(Run, "finish_epoch", looked_at)
         train(dataset(), TINY, tmp_path / "run", test=dataset(seed=1))
@@ -136,6 +129,51 @@ class TestTraining:
         assert found == [["0"], ["1"], ["2"]]
         assert ["refresh" in page for page in pages] == [True, True, False]
         assert ["test accuracy" in page for page in pages] == [False, False, True]
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("regularizer", ["tv-l2:eps=0.1", "gradient-penalty-l2:weight=0.5"])
+    def test_parts_make_the_same_step(self, regularizer: str, tmp_path: Path) -> None:
+        """Without BatchNorm, and but for the order in which float32 numbers are added."""
+        settings = replace(
+            TINY, architecture="plain", regularizers=(regularizer,), epochs=1, held_out=0, precision="float32"
+        )
+        train(dataset(), settings, tmp_path / "whole")
+        train(dataset(), replace(settings, accumulate=4), tmp_path / "parts")
+        expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        first, second = (read_metrics(tmp_path / name)[0] for name in ("whole", "parts"))
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+    def test_the_lipschitz_term_is_the_mean_of_the_parts_maxima(self, tmp_path: Path) -> None:
+        settings = replace(
+            TINY, architecture="plain", regularizers=("lipschitz:weight=1",), batch_size=60, epochs=1
+        )
+        train(dataset(), replace(settings, accumulate=3), tmp_path / "run")
+        batches = prepare(dataset(), replace(settings, accumulate=3), "cpu")
+        torch.manual_seed(settings.seed)
+        model = Plain(batches.mean, batches.deviation, 3)
+        images, labels = batches.at(0, 0)
+        points = images.requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(model(points), labels, reduction="sum"), points
+        )
+        maxima = gradient.flatten(1).norm(dim=1).view(3, 20).amax(1)
+        assert read_metrics(tmp_path / "run")[0]["lipschitz"] == pytest.approx(maxima.mean().item(), rel=1e-4)
+
+    def test_a_nan_in_one_part_names_the_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Breaks(WithDropout):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                self.calls = getattr(self, "calls", 0) + 1
+                return super().forward(images) * (float("nan") if self.calls == 20 else 1)
+
+        monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", Breaks)
+        settings = replace(TINY, regularizers=("none",), held_out=0, accumulate=2)  # 8 steps of 2 passes
+        with pytest.raises(TrainingError, match=r"epoch 2, step 2 \(loss nan, data nan\)"):
+            train(dataset(64), settings, tmp_path / "run")
+        state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+        assert (state.epoch, state.step) == (1, 0)
 
 
 class TestResume:
@@ -162,10 +200,9 @@ class TestResume:
             done += 1
             return one_step(run, learning_rate)
 
-        monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", seconds)
         monkeypatch.setattr(Run, "one_step", limited)
         with pytest.raises(Killed):
-            train(dataset(), TINY, tmp_path / "run")
+            train(dataset(), TINY, tmp_path / "run", checkpoint_seconds=seconds)
         monkeypatch.setattr(Run, "one_step", one_step)
         train(dataset(), TINY, tmp_path / "run", test=dataset(seed=1), resume=True)
         expected, found = weights(uninterrupted), weights(tmp_path / "run")
@@ -173,6 +210,31 @@ class TestResume:
         assert all(torch.equal(expected[name], found[name]) for name in expected)
         for one, other in zip(read_metrics(uninterrupted), read_metrics(tmp_path / "run"), strict=True):
             assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+    def test_with_what_regularizers_keep(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The free perturbation, one for each part of a batch."""
+        settings = replace(TINY, regularizers=("free-linf:eps=0.1,replays=3",), accumulate=2)
+        train(dataset(), settings, tmp_path / "whole")
+        one_step, done = Run.one_step, 0
+
+        def limited(run: Run, learning_rate: float) -> dict[str, float]:
+            nonlocal done
+            if done == 4:
+                raise Killed
+            done += 1
+            return one_step(run, learning_rate)
+
+        monkeypatch.setattr(Run, "one_step", limited)
+        with pytest.raises(Killed):
+            train(dataset(), settings, tmp_path / "run", checkpoint_seconds=0)
+        kept = checkpoint.load(tmp_path / "run" / "checkpoint.pt").processes[0].state
+        assert {name: tensor.shape for name, tensor in kept.items()} == {
+            f"free_perturbation_{part}": (4, 3, 8, 8) for part in range(2)
+        }
+        monkeypatch.setattr(Run, "one_step", one_step)
+        train(dataset(), settings, tmp_path / "run", resume=True)
+        expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
     def test_of_a_finished_run_changes_nothing(self, uninterrupted: Path) -> None:
         before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
@@ -244,13 +306,10 @@ class TestResume:
 
 
 class TestFailures:
-    def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(self, tmp_path: Path) -> None:
         settings = replace(TINY, learning_rate=1e20, warmup=0.0)
         with pytest.raises(TrainingError, match=r"not finite (at|before) epoch 1, step \d.*--learning-rate"):
-            train(dataset(), settings, tmp_path / "run")
+            train(dataset(), settings, tmp_path / "run", checkpoint_seconds=0.0)
         if (tmp_path / "run" / "checkpoint.pt").exists():
             assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
@@ -293,6 +352,7 @@ class TestFailures:
             ({"labels": None}, "colours: has no labels"),
             ({"class_names": ("red", "green")}, "labels run from 0 to 2; expected numbers of 2 classes"),
             ({"labels": np.full(70, -1)}, "labels run from -1 to -1"),
+            ({"labels": np.arange(70) % 2}, r"class 'blue' \(number 2\) has no training image"),
             ({"labels": np.zeros(3, np.int64)}, "70 images but 3 labels"),
             ({"labels": np.zeros(70, np.int64), "class_names": ("red",)}, "has 1 class; expected two"),
             ({"images": np.zeros((70, 8, 8, 3), np.float32)}, r"float32 \(70, 8, 8, 3\); expected uint8"),
@@ -317,6 +377,12 @@ class TestFailures:
         [
             ({"epochs": 0}, "--epochs is 0: expected 1 or more"),
             ({"batch_size": 1}, "--batch-size is 1"),
+            ({"accumulate": 0}, "--accumulate is 0: expected 1 or more"),
+            (
+                {"accumulate": 3},
+                "--batch-size is 8, .* --accumulate 3: expected a multiple of 3, and 6 images",
+            ),
+            ({"accumulate": 8}, "expected a multiple of 8, and 16 images or more"),
             ({"learning_rate": float("nan")}, "--learning-rate is nan"),
             ({"learning_rate": 0.0}, "--learning-rate is 0.0: expected a number above 0"),
             ({"momentum": 1.0}, "--momentum is 1.0"),
@@ -354,71 +420,9 @@ class TestFailures:
                 loop.chosen_device(name)
 
 
-class TestBatches:
-    def test_an_epoch_shows_every_image_at_most_once_and_none_held_out(self) -> None:
-        data = dataset()
-        images = np.zeros_like(data.images)
-        images[..., 0] = np.arange(70)[:, None, None]  # an image's level is its number
-        batches = Batches(replace(data, images=images), replace(TINY, padding=0, cutout=0), "cpu")
-        orders = []
-        for epoch in range(2):
-            numbers: list[int] = []
-            for step in range(batches.steps):
-                floats, labels, _ = batches.at(epoch, step)
-                assert floats.shape == (8, 3, 8, 8)
-                assert floats.is_contiguous(memory_format=torch.channels_last)
-                chosen = (floats[:, 0, 0, 0] * 255).round().long()
-                assert data.labels is not None
-                assert (labels.numpy() == data.labels[chosen.numpy()]).all()
-                numbers += chosen.tolist()
-            assert len(set(numbers)) == len(numbers) == 56
-            assert max(numbers) < 60
-            orders.append(numbers)
-        assert orders[0] != orders[1]
-
-    def test_images_sorted_by_class_lose_no_class_to_those_held_out(self) -> None:
-        data = dataset()
-        assert data.labels is not None
-        order = np.argsort(data.labels, kind="stable")
-        folder = replace(data, images=data.images[order], labels=data.labels[order])
-        first, second = (Batches(folder, replace(TINY, held_out=20), "cpu") for _ in range(2))
-        for part in (first.labels, first.held_out[1]):
-            assert set(part.tolist()) == {0, 1, 2}
-        assert torch.equal(first.held_out[0], second.held_out[0])
-        bright = first.images.float().mean((1, 2)).argmax(1)
-        assert torch.equal(bright, first.labels)
-        unsorted = Batches(data, replace(TINY, held_out=20), "cpu")
-        assert np.array_equal(unsorted.held_out[1].numpy(), data.labels[-20:])
-
-    def test_a_batch_is_a_function_of_its_place(self) -> None:
-        first, second = (Batches(dataset(), TINY, "cpu") for _ in range(2))
-        second.at(4, 0)
-        assert torch.equal(first.at(2, 3)[0], second.at(2, 3)[0])
-        assert not torch.equal(first.at(2, 3)[0], first.at(2, 4)[0])
-        draws = [torch.rand(1, generator=batches.at(1, 1)[2]).item() for batches in (first, second)]
-        assert draws[0] == draws[1]
-        others = [torch.rand(1, generator=first.at(*place)[2]).item() for place in ((1, 2), (2, 1))]
-        assert len({draws[0], *others}) == 3
-
-    def test_cutout_paints_the_mean(self) -> None:
-        batches = Batches(dataset(), replace(TINY, cutout=20), "cpu")
-        images, _, _ = batches.at(0, 0)
-        assert images.flatten(2).std(2).max() < 1e-6
-        torch.testing.assert_close(images[0, :, 0, 0], torch.tensor(batches.mean))
-
-    def test_channel_statistics(self) -> None:
-        images = dataset().images
-        mean, deviation = channel_statistics(images)
-        np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)))
-        np.testing.assert_allclose(deviation, (images / 255).std((0, 1, 2)))
-        constant = channel_statistics(np.full((2, 4, 4, 1), 51, np.uint8))
-        assert constant[0] == pytest.approx([0.2])
-        assert constant[1][0] > 0
-
-
 class TestOptimizer:
     def test_nesterov_is_a_setting(self, tmp_path: Path) -> None:
-        batches = Batches(dataset(), TINY, "cpu")
+        batches = prepare(dataset(), TINY, "cpu")
         for given, momentum, expected in ((True, 0.9, True), (False, 0.9, False), (True, 0.0, False)):
             settings = replace(TINY, nesterov=given, momentum=momentum)
             run = Run(nn.Linear(2, 2), [], batches, settings, tmp_path / "checkpoint.pt")

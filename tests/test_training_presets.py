@@ -247,14 +247,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["settings"] = settings
         raise UsageError("that is all")
 
-    def load(name: str, split: str) -> list[int]:
+    def load(name: str, **_: object) -> list[int]:
         found["dataset"] = name
         return [0] * 50_000
 
     monkeypatch.setattr(loop, "train", stop)
     monkeypatch.setattr(Settings, "check", lambda self: None)
-    monkeypatch.setattr("guard.data.load", load)
-    monkeypatch.setattr("guard.data.test_split", lambda *_: None)
+    monkeypatch.setattr("guard.training.folders.load", load)
+    monkeypatch.setattr("guard.training.folders.test_split", lambda *_: None)
     return found
 
 

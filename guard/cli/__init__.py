@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(arguments.run(arguments))
     except SystemExit as leave:  # argparse, after --help or a usage error
         return leave.code if isinstance(leave.code, int) else 1
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, debug=debug)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", 130, debug=debug)
     except BrokenPipeError:  # the reader of our output has gone: `guard certify --json | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

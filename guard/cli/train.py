@@ -57,6 +57,10 @@ Architectures, with their widths, and their parameters for 32x32 images:
 A preset is a recipe of a paper's table: data set, network, regularizer and
 all settings below; what is given beside it takes its place.
 
+A folder holds train/CLASS/IMAGE and, for the accuracy, test/CLASS/IMAGE; small
+ones are kept in memory, others decoded as needed. Several GPUs or machines
+train together under torchrun. Ctrl-C and SIGTERM save a checkpoint first.
+
 RUN gets config.json, checkpoint.pt, metrics.jsonl (a line per epoch) and
 curves.html, to look at while it trains and after.
 Pixels are in [0, 1]: so are E and all radii.""",
@@ -67,6 +71,8 @@ guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
     --epochs 20 --out runs/tulip
 guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
     --epochs 20 --out runs/tulip --resume
+torchrun --nproc_per_node=8 -m guard train --dataset imagenet/ \\
+    --regularizer tv-l2:eps=0.1 --batch-size 1024 --out runs/imagenet
 guard export runs/tulip --out models/tulip""",
     )
     # `dest` is the field in Settings; no defaults here, so that the preset's hold, else the general ones.
@@ -106,7 +112,15 @@ guard export runs/tulip --out models/tulip""",
 
     course = parser.add_argument_group("training")
     course.add_argument("--epochs", type=int, metavar="N", help="(default: 20)")
-    course.add_argument("--batch-size", type=int, metavar="N", help="(default: 256)")
+    course.add_argument(
+        "--batch-size", type=int, metavar="N", help="of all processes together (default: 256)"
+    )
+    course.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="compute batches in N parts, for less memory (default: 1)",
+    )
     course.add_argument("--learning-rate", type=float, metavar="X", help="the highest (default: 0.2)")
     course.add_argument(
         "--schedule",
@@ -132,7 +146,18 @@ guard export runs/tulip --out models/tulip""",
 
     images = parser.add_argument_group("changes to the images")
     images.add_argument(
-        "--crop", dest="padding", type=int, metavar="N", help="shift by up to N pixels (default: 4)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="of folders: train on random parts of images, scaled to N x N pixels, and serve their centre "
+        "(default: the images' own size, 224 where sizes differ)",
+    )
+    images.add_argument(
+        "--crop",
+        dest="padding",
+        type=int,
+        metavar="N",
+        help="shift by up to N pixels, unless images are scaled (default: 4)",
     )
     images.add_argument(
         "--mirror",
@@ -156,6 +181,19 @@ guard export runs/tulip --out models/tulip""",
         action=argparse.BooleanOptionalAction,
         help="torch.compile the passes that allow it (default: no)",
     )
+    machine.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode a folder's images (default: one per core, at most 16)",
+    )
+    machine.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="between checkpoints inside an epoch (default: 300)",
+    )
     machine.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: torch's)")
     machine.add_argument(
         "--deterministic", action="store_true", help="bit-exact resume on CUDA too, and slower"
@@ -165,9 +203,9 @@ guard export runs/tulip --out models/tulip""",
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from guard import data
     from guard.errors import UsageError
-    from guard.training import curves, presets
+    from guard.training import curves, distributed, folders, presets
+    from guard.training.batches import usual_workers
     from guard.training.loop import chosen_device, train
 
     if arguments.presets is not None or arguments.preset == "list":
@@ -183,26 +221,36 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--dataset is missing, and {why}: expected a name, an .npz file or a folder.")
     if arguments.out is None:
         raise UsageError("--out is missing: expected the folder that the run is kept in.")
+    for flag, value, least in (("--threads", arguments.threads, 1), ("--workers", arguments.workers, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{flag} is {value}: expected {least} or more.")
+    if not arguments.checkpoint_seconds >= 0:
+        raise UsageError(f"--checkpoint-seconds is {arguments.checkpoint_seconds}: expected 0 or more.")
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise UsageError(f"--threads is {arguments.threads}: expected 1 or more.")
         torch.set_num_threads(arguments.threads)
-    device = chosen_device(arguments.device)
-    settings = _settings(arguments, preset, name, device)
-    settings.check()
-    training = data.load(name, "train")
-    if arguments.held_out is None:
-        settings = replace(settings, held_out=min(1000, len(training) // 10))
-    result = train(
-        training,
-        settings,
-        arguments.out,
-        test=data.test_split(name, training),
-        resume=arguments.resume,
-        device=device,
-        deterministic=arguments.deterministic,
-        arguments=arguments_of(arguments),
-    )
+    with distributed.processes(chosen_device(arguments.device)) as device:
+        with distributed.together():
+            settings = _settings(arguments, preset, name, device)
+            settings.check()
+            with distributed.first():  # which fetches a data set that is absent
+                training = folders.load(name, image_size=arguments.image_size)
+                test = folders.test_split(name, training)
+            if arguments.held_out is None:
+                settings = replace(settings, held_out=min(1000, len(training) // 10))
+        result = train(
+            training,
+            settings,
+            arguments.out,
+            test=test,
+            resume=arguments.resume,
+            device=device,
+            deterministic=arguments.deterministic,
+            workers=usual_workers() if arguments.workers is None else arguments.workers,
+            checkpoint_seconds=arguments.checkpoint_seconds,
+            arguments=arguments_of(arguments),
+        )
+        if distributed.rank() > 0:
+            return 0
     page = arguments.out / curves.CURVES
     record = {
         "run": str(arguments.out),

@@ -8,8 +8,6 @@ from torch import Tensor
 from guard.training.passes import Passes, RegularizedLoss
 from guard.training.regularizers import image_norms, unit_direction
 
-_PERTURBATION = "free_perturbation"
-
 
 def adversarial_linf(
     passes: Passes, *, eps: float, steps: int = 7, step: float | None = None
@@ -48,12 +46,13 @@ def free_linf(passes: Passes, *, eps: float, replays: int = 4) -> RegularizedLos
     1 / replays of the images.
     """
     del replays  # the loop's
-    shift = passes.state.get(_PERTURBATION, torch.zeros_like(passes.images))
+    key = f"free_perturbation_{passes.part}"
+    shift = passes.state.get(key, torch.zeros_like(passes.images))
     points = (passes.images + shift).clamp(0, 1).requires_grad_()
 
     def finish() -> None:
         if points.grad is not None:
-            passes.state[_PERTURBATION] = (shift + eps * points.grad.sign()).clamp(-eps, eps)
+            passes.state[key] = (shift + eps * points.grad.sign()).clamp(-eps, eps)
 
     passes.after_backward.append(finish)
     return RegularizedLoss(data=passes.at(points).losses.mean())

@@ -15,22 +15,29 @@ CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
+class ProcessState:
+    """What each process has of its own: torch's global random states, and what regularizers keep."""
+
+    random_state: Tensor
+    cuda_random_state: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The state before step `step` of epoch `epoch`, both counted from 0.
 
-    `sums` adds up the epoch's metrics so far, `seconds` the time spent training; `random_state` and
-    `cuda_random_state` are torch's global ones; `state` is what regularizers keep from step to step.
+    `sums` adds up the epoch's metrics so far, `seconds` the time spent training; `processes` has one entry
+    per process that trained, in the order of their numbers.
     """
 
     epoch: int
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
-    random_state: Tensor
+    processes: list[ProcessState]
     sums: dict[str, float]
     seconds: float
-    cuda_random_state: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -38,12 +45,15 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
     Raises `TrainingError` where it cannot be written.
     """
+    content = vars(checkpoint) | {"processes": [vars(process) for process in checkpoint.processes]}
     try:
         with atomic_path(path) as partial:
-            torch.save(dict(vars(checkpoint)), partial)
+            torch.save(content, partial)
     except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        before = "The one before it is whole" if path.exists() else "There is none before it"
         raise TrainingError(
-            f"{path}: cannot be written ({error}). The one before it is whole: make room, then --resume."
+            f"{path}: cannot be written ({reason}). {before}: make room, then --resume."
         ) from error
 
 
@@ -53,12 +63,23 @@ def load(path: Path) -> Checkpoint:
     Raises `TrainingError` where there is none, or the file is not a checkpoint of this version.
     """
     try:
-        return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        processes = [ProcessState(**process) for process in content.pop("processes")]
+        return Checkpoint(**content, processes=processes)
     except FileNotFoundError as error:
         raise TrainingError(
             f"{path}: no such checkpoint. Give the folder of a run of guard train."
         ) from error
-    except (OSError, RuntimeError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         raise TrainingError(
             f"{path}: is damaged, or a checkpoint of another version. Train anew into another folder."
         ) from error

@@ -1,29 +1,30 @@
 """The training loop: SGD with Nesterov momentum over augmented batches, under any regularizers, resumable.
 
-Every batch is a function of the seed, the epoch and the step alone, so that a resumed run sees what the
-uninterrupted one would have seen.
+It runs in one process or, started by torchrun, in several that share every batch (`distributed`).
 """
 
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from guard import files
 from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
 from guard.progress import Progress
-from guard.training import architectures, augment, checkpoint, curves, grammar, schedules
+from guard.training import architectures, checkpoint, curves, distributed, grammar, schedules
+from guard.training.batches import Batches, checked, evaluation, prepare, worker_failures
+from guard.training.folders import ImageFiles
 from guard.training.passes import Passes, compiled
 
 CONFIG = "config.json"
@@ -41,11 +42,15 @@ class Settings:
 
     `width` is the architecture's number of channels in its first stage, None for its own;
     `pre_logit_sigmoid` bounds the features before its last layer; `regularizers` are written as on the
-    command line; `learning_rate` is the peak, reached after the share
-    `warmup` of training; `weight_decay` is for weights of more than one axis; `padding` is the furthest shift
-    of a crop and `cutout` the side of the painted square, in pixels; `held_out` is how many of the last
-    training images are kept for the log's accuracy (random ones, by the seed, where images come sorted by
-    class); `precision` is what convolutions and products are computed in.
+    command line; `batch_size` counts the images of all processes; `accumulate` cuts each process's share of a
+    batch into as many equal parts, computed one after another, and averages their gradients: means stay what
+    they were, while what looks at a batch as a whole sees a part (BatchNorm's statistics, the distances of
+    `hamming` and `dense-manifold`, and the Lipschitz term: the average of the parts' maxima is trained on);
+    `learning_rate` is the peak, reached after the share `warmup` of training; `weight_decay` is for weights
+    of more than one axis; `padding` is the furthest shift of a crop and `cutout` the side of the painted
+    square, in pixels; `held_out` is how many of the last training images are kept for the log's accuracy
+    (random ones, by the seed, where images come sorted by class); `precision` is what convolutions and
+    products are computed in; with `compile`, passes go through `torch.compile` where they can.
     """
 
     architecture: str = "compact-resnet"
@@ -54,6 +59,7 @@ class Settings:
     regularizers: tuple[str, ...] = ("none",)
     epochs: int = 20
     batch_size: int = 256
+    accumulate: int = 1
     learning_rate: float = 0.2
     momentum: float = 0.9
     nesterov: bool = True
@@ -79,6 +85,7 @@ class Settings:
         grammar.parse_all(self.regularizers)
         demand(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
         demand(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more")
+        demand(self.accumulate >= 1, "--accumulate", self.accumulate, "1 or more")
         rate = self.learning_rate
         demand(0 < rate < math.inf, "--learning-rate", rate, "a number above 0")
         demand(0 <= self.momentum < 1, "--momentum", self.momentum, "0 or more, below 1")
@@ -106,114 +113,78 @@ class Result:
 
 
 def train(
-    dataset: Dataset,
+    dataset: Dataset | ImageFiles,
     settings: Settings,
     out: Path,
     *,
-    test: Dataset | None = None,
+    test: Dataset | ImageFiles | None = None,
     resume: bool = False,
     device: str = "cpu",
     deterministic: bool = False,
+    workers: int = 0,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     arguments: Mapping[str, Any] | None = None,
 ) -> Result:
     """Trains on `dataset`; keeps `config.json`, `checkpoint.pt`, `metrics.jsonl` and `curves.html` in `out`.
 
     `test` is looked at once, at the end. A run that was stopped anywhere and resumed ends with the same
     weights, bit by bit, as one that was not: on the CPU with the same number of threads, on CUDA with
-    `deterministic`. `arguments` go into the provenance.
+    `deterministic`, and with the same number of processes. Checkpoints are written after every epoch and
+    inside epochs when `checkpoint_seconds` have passed. `workers` processes decode images that do not lie in
+    memory. `arguments` go into the provenance. Of several processes (`distributed.processes`) the first one
+    writes, and raises the errors of all.
 
     Raises `UsageError` for settings that make no sense and where `out` holds another run, `DataError` for
     data that cannot be trained on, and `TrainingError` where the loss is not finite (the last good checkpoint
-    stays) or a checkpoint cannot be read or written.
+    stays) or a checkpoint cannot be read or written. SIGINT and SIGTERM write a checkpoint, then raise
+    `KeyboardInterrupt`.
     """
-    settings.check()
-    bound = grammar.parse_all(settings.regularizers)
-    batches = Batches(dataset, settings, device)
-    if test is not None and test.images.shape[1:] != dataset.images.shape[1:]:
-        raise DataError(
-            f"{test.name}: test images are {test.images.shape[1:]}, training images "
-            f"{dataset.images.shape[1:]} (height, width, channels). Bring both to one size."
-        )
-    config = _config(dataset, settings, batches, arguments or {})
-    with _random_state(settings.seed, device, deterministic=deterministic):
-        model = architectures.build(
-            settings.architecture,
-            mean=batches.mean,
-            deviation=batches.deviation,
-            num_classes=len(dataset.class_names),
-            size=batches.shape[1:],
-            width=settings.width,
-            pre_logit_sigmoid=settings.pre_logit_sigmoid,
-        ).to(device)
-        _open(out, config, resume=resume)
+    with distributed.together():
+        settings.check()
+        bound = grammar.parse_all(settings.regularizers)
+        batches = prepare(dataset, settings, device, workers=workers)
+        _check_test(test, dataset, batches)
+        config = _config(dataset, settings, batches, arguments or {})
+    with (
+        _random_state(settings.seed, device, deterministic=deterministic),
+        worker_failures(),
+        closing(batches),
+        _stop_requests() as stop,
+    ):
+        with distributed.together():
+            model = architectures.build(
+                settings.architecture,
+                mean=batches.mean,
+                deviation=batches.deviation,
+                num_classes=len(dataset.class_names),
+                size=batches.shape[1:],
+                width=settings.width,
+                pre_logit_sigmoid=settings.pre_logit_sigmoid,
+            ).to(device)
+            if distributed.rank() == 0:
+                _open(out, config, resume=resume)
         model.to(memory_format=torch.channels_last)
+        if distributed.rank() > 0:
+            torch.manual_seed(settings.seed + distributed.rank())  # dropout of one's own
         run = Run(model, bound, batches, settings, out / checkpoint.CHECKPOINT)
-        if resume and run.path.exists():
-            run.restore(checkpoint.load(run.path))
-        metrics = read_metrics(out)[: run.epoch]
+        with distributed.together():
+            if resume and run.path.exists():
+                run.restore(checkpoint.load(run.path))
+            metrics = read_metrics(out)[: run.epoch]
         _write_curves(out, config, metrics)
-        done = run.epoch * batches.steps + run.step
-        with Progress(settings.epochs * batches.steps - done, f"train {out.name}") as progress:
+        with Progress(run.total - run.done, f"train {out.name}") as progress:
             while run.epoch < settings.epochs:
-                metrics.append(run.finish_epoch(progress))
+                metrics.append(run.finish_epoch(progress, stop, checkpoint_seconds))
                 _write_metrics(out, metrics)
                 _write_curves(out, config, metrics)
                 run.save()
         accuracy = None
         if test is not None:
-            images, labels = checked(test)
-            accuracy = run.accuracy(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
-            tested = [*metrics, {"test_accuracy": accuracy, "test_images": len(labels)}]
+            accuracy = run.accuracy(test)
+            tested = [*metrics, {"test_accuracy": accuracy, "test_images": len(test)}]
             _write_metrics(out, tested)
             _write_curves(out, config, tested)
     return Result(out, metrics[-1] if metrics else {}, accuracy)
-
-
-class Batches:
-    """The training images on the device, and every batch by its epoch and step."""
-
-    def __init__(self, dataset: Dataset, settings: Settings, device: str) -> None:
-        images, labels = checked(dataset)
-        if (np.diff(labels) >= 0).all():
-            # Sorted by class, as folders are: the last images would all be of the last classes.
-            order = np.random.default_rng(settings.seed).permutation(len(labels))
-            images, labels = images[order], labels[order]
-        kept = len(images) - settings.held_out
-        if kept < 2:
-            raise UsageError(
-                f"holding out {settings.held_out} of {len(images)} training images leaves {max(0, kept)}: "
-                "expected 2 or more to train on. Lower --held-out."
-            )
-        if settings.padding >= min(images.shape[1:3]):
-            raise UsageError(f"crops shift by {settings.padding} pixels: more than the images' size allows.")
-        self.images = torch.from_numpy(images[:kept]).to(device)
-        self.labels = torch.from_numpy(labels[:kept]).to(device)
-        self.held_out = (
-            torch.from_numpy(images[kept:]).to(device),
-            torch.from_numpy(labels[kept:]).to(device),
-        )
-        self.settings = settings
-        self.size = min(settings.batch_size, kept)
-        self.steps = kept // self.size  # images left over sit out the epoch, other ones in each
-        self.shape = (images.shape[3], images.shape[1], images.shape[2])
-        self.mean, self.deviation = channel_statistics(images[:kept])
-        self._fill = torch.tensor(self.mean, device=device)
-        self._order: tuple[int, Tensor] | None = None
-
-    def at(self, epoch: int, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Images (B, C, H, W) float32, channels last; labels (B,); the source of the step's other draws."""
-        if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(len(self.images), generator=_generator(self.settings.seed, epoch))
-            self._order = (epoch, order.to(self.images.device))
-        chosen = self._order[1][step * self.size : (step + 1) * self.size]
-        generator = _generator(self.settings.seed, epoch, step)
-        images = augment.crop_and_mirror(
-            self.images[chosen], generator, padding=self.settings.padding, mirror=self.settings.mirror
-        )
-        floats = to_floats(images)
-        if self.settings.cutout:
-            floats = augment.cutout(floats, generator, size=self.settings.cutout, fill=self._fill)
-        return floats, self.labels[chosen], generator
 
 
 class Run:
@@ -232,54 +203,89 @@ class Run:
         self.regularizers = bound
         self.replays = max((regularizer.replays for regularizer in bound), default=1)
         self.compiled = compiled(model) if settings.compile else None
-        self.state: dict[str, Tensor] = {}
         self.batches = batches
         self.settings = settings
         self.path = path
+        self.state: dict[str, Tensor] = {}
         self.epoch = 0
         self.step = 0
         self.sums: Metrics = {}
         self.seconds = 0.0
 
-    def restore(self, state: checkpoint.Checkpoint) -> None:
-        """Takes a checkpoint's state."""
+    @property
+    def done(self) -> int:
+        """Steps since the start of training."""
+        return self.epoch * self.batches.steps + self.step
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.settings.epochs * self.batches.steps
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Takes a checkpoint's state; raises `TrainingError` where it belongs to another run."""
+        count = len(saved.processes)
+        if count != distributed.world_size():
+            raise TrainingError(
+                f"{self.path}: was written by {count} processes, now there are {distributed.world_size()}. "
+                + (
+                    f"Resume with torchrun --nproc_per_node={count}."
+                    if count > 1
+                    else "Resume without torchrun."
+                )
+            )
         try:
-            self.model.load_state_dict(state.model)
-            self.optimizer.load_state_dict(state.optimizer)
+            self.model.load_state_dict(saved.model)
+            self.optimizer.load_state_dict(saved.optimizer)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
                 f"{self.path}: belongs to another network ({str(error).splitlines()[0]})."
             ) from error
-        torch.set_rng_state(state.random_state)
-        if state.cuda_random_state is not None and self.batches.images.is_cuda:
-            torch.cuda.set_rng_state(state.cuda_random_state)
-        self.epoch, self.step, self.sums, self.seconds = state.epoch, state.step, state.sums, state.seconds
-        self.state = {name: value.to(self.batches.images.device) for name, value in state.state.items()}
+        own = saved.processes[distributed.rank()]
+        torch.set_rng_state(own.random_state)
+        if own.cuda_random_state is not None and self.batches.device.type == "cuda":
+            torch.cuda.set_rng_state(own.cuda_random_state, self.batches.device)
+        self.state = {name: value.to(self.batches.device) for name, value in own.state.items()}
+        self.epoch, self.step, self.sums, self.seconds = saved.epoch, saved.step, saved.sums, saved.seconds
 
     def save(self) -> None:
         """Writes the checkpoint; raises `TrainingError` instead where weights are not finite."""
         for name, value in self.model.state_dict().items():
             if not torch.isfinite(value).all():
-                raise TrainingError(
-                    f"{name} is not finite before epoch {self.epoch + 1}, step {self.step + 1}. Lower "
-                    "--learning-rate. The last good checkpoint is kept."
+                raise distributed.alike(
+                    TrainingError(
+                        f"{name} is not finite before epoch {self.epoch + 1}, step {self.step + 1}. Lower "
+                        "--learning-rate. The last good checkpoint is kept."
+                    )
                 )
-        cuda = torch.cuda.get_rng_state() if self.batches.images.is_cuda else None
-        state = checkpoint.Checkpoint(
+        distributed.check_identical(self.model)
+        cuda = self.batches.device.type == "cuda"
+        own = checkpoint.ProcessState(
+            random_state=torch.get_rng_state(),
+            cuda_random_state=torch.cuda.get_rng_state(self.batches.device) if cuda else None,
+            state={name: value.detach().cpu() for name, value in self.state.items()},
+        )
+        saved = checkpoint.Checkpoint(
             epoch=self.epoch,
             step=self.step,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            random_state=torch.get_rng_state(),
+            processes=distributed.gather(own),
             sums=self.sums,
             seconds=self.seconds,
-            state=self.state,
-            cuda_random_state=cuda,
         )
-        checkpoint.save(state, self.path)
+        with distributed.together():
+            if distributed.rank() == 0:
+                checkpoint.save(saved, self.path)
 
-    def finish_epoch(self, progress: Progress) -> Metrics:
-        """Trains to the end of the current epoch; returns its metrics."""
+    def finish_epoch(
+        self, progress: Progress, stop: Sequence[signal.Signals], checkpoint_seconds: float
+    ) -> Metrics:
+        """Trains to the end of the current epoch; returns its metrics.
+
+        Writes a checkpoint every `checkpoint_seconds`, and where `stop` has an entry, raising
+        `KeyboardInterrupt` then.
+        """
         self.model.train()
         rate = 0.0
         clock = saved = time.monotonic()
@@ -292,49 +298,75 @@ class Run:
             self.seconds += clock - before
             loss = self.sums["loss"] / self.step
             progress.advance(note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {loss:.3f}")
-            if clock - saved > CHECKPOINT_SECONDS and self.step < self.batches.steps:
+            if self.step == self.batches.steps:
+                break  # the epoch's own checkpoint follows
+            due = distributed.rank() == 0 and clock - saved > checkpoint_seconds
+            signals = distributed.max_over_processes(torch.tensor([len(stop), int(due)]))
+            if signals.any():
                 self.save()
                 saved = clock
+            if signals[0]:
+                name = stop[0].name if stop else "another process"
+                raise distributed.alike(
+                    KeyboardInterrupt(
+                        f"stopped by {name} after epoch {self.epoch + 1}, step {self.step} of "
+                        f"{self.batches.steps}; all is saved: go on with --resume."
+                    )
+                )
         metrics: Metrics = {"epoch": self.epoch + 1, "learning_rate": rate, "seconds": round(self.seconds, 1)}
         metrics |= {name: value / self.step for name, value in self.sums.items()}
-        if len(self.batches.held_out[0]):
-            metrics["held_out_accuracy"] = self.accuracy(*self.batches.held_out)
+        if len(self.batches.held_out):
+            metrics["held_out_accuracy"] = self.accuracy(self.batches.held_out)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         return metrics
 
     def one_step(self, learning_rate: float) -> Metrics:
         """One batch: its passes, the weights' gradient, the update; returns the step's metrics."""
-        images, labels, generator = self.batches.at(self.epoch, self.step // self.replays)
-        autocast = torch.bfloat16 if self.settings.precision == "bf16" else None
-        passes = Passes(
-            self.model,
-            images,
-            labels,
-            generator=generator,
-            autocast=autocast,
-            compiled=self.compiled,
-            progress=self.progress(),
-            state=self.state,
-        )
-        loss, terms = grammar.regularized_loss(self.regularizers, passes)
-        metrics = {name: value.item() for name, value in terms.items()}
-        if not math.isfinite(metrics["loss"]):
-            found = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-            raise TrainingError(
-                f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1} ({found}). Lower "
-                "--learning-rate or a regularizer's weight. The last good checkpoint is kept."
-            )
+        with distributed.together():
+            images, labels = self.batches.at(self.epoch, self.step // self.replays)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for call in passes.after_backward:
-            call()
+        count = self.settings.accumulate
+        sums: dict[str, Tensor] = {}
+        for part, batch in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True)):
+            passes = self.passes(*batch, part)
+            loss, terms = grammar.regularized_loss(self.regularizers, passes)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            for call in passes.after_backward:
+                call()
+            accuracy = passes.accuracy()
+            if accuracy is not None:
+                terms["train_accuracy"] = accuracy
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / count
+        metrics = distributed.average(self.model, sums)
+        if not math.isfinite(metrics["loss"]):
+            terms_found = [item for item in metrics.items() if item[0] != "train_accuracy"]
+            found = ", ".join(f"{name} {value:.3g}" for name, value in terms_found)
+            raise distributed.alike(
+                TrainingError(
+                    f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1} ({found}). "
+                    "Lower --learning-rate or a regularizer's weight. The last good checkpoint is kept."
+                )
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        accuracy = passes.accuracy()
-        if accuracy is not None:
-            metrics["train_accuracy"] = accuracy.item()
         return metrics
+
+    def passes(self, images: Tensor, labels: Tensor, part: int) -> Passes:
+        """The passes over one part of the current batch."""
+        return Passes(
+            self.model,
+            images,
+            labels,
+            generator=self.batches.draws(self.epoch, self.step, part),
+            autocast=torch.bfloat16 if self.settings.precision == "bf16" else None,
+            compiled=self.compiled,
+            progress=self.progress(),
+            state=self.state,
+            part=part,
+            parts=self.settings.accumulate * distributed.world_size(),
+        )
 
     def learning_rate(self) -> float:
         """The step's rate: the schedule at its middle, so that neither the first nor the last is 0."""
@@ -344,19 +376,19 @@ class Run:
 
     def progress(self) -> float:
         """The share of training that is done at the middle of the current step."""
-        done = self.epoch * self.batches.steps + self.step + 0.5
-        return done / (self.settings.epochs * self.batches.steps)
+        return (self.done + 0.5) / self.total
 
     @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images (N, H, W, C) uint8 labelled rightly, in evaluation mode and float32."""
+    def accuracy(self, dataset: Dataset | ImageFiles) -> float:
+        """The share of images labelled rightly, in evaluation mode and float32."""
         self.model.eval()
-        right = 0
-        for start in range(0, len(images), 500):
-            logits = self.model(to_floats(images[start : start + 500]))
-            right += int((logits.argmax(1) == labels[start : start + 500]).sum())
+        right = torch.zeros((), dtype=torch.int64, device=self.batches.device)
+        with distributed.together():
+            parts = evaluation(dataset, self.batches.device, workers=self.batches.workers)
+            for images, labels in parts:
+                right += (self.model(images).argmax(1) == labels).sum()
         self.model.train()
-        return right / len(labels)
+        return int(distributed.sum_over_processes(right)) / len(dataset)
 
 
 def chosen_device(name: str) -> str:
@@ -383,50 +415,30 @@ def chosen_precision(name: Literal["auto", "bf16", "float32"], device: str) -> P
     return "bf16" if native else "float32"
 
 
-def to_floats(images: Tensor) -> Tensor:
-    """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [0, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=torch.channels_last)
-
-
-def channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of every channel of (N, H, W, C), in units of [0, 1]."""
-    values = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[3]):
-        shares = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
-        mean = float(shares @ values)
-        means.append(mean)
-        # One grey level everywhere has no deviation to divide by; half a level leaves it as it is.
-        deviations.append(max(math.sqrt(float(shares @ (values - mean) ** 2)), 0.5 / 255))
-    return means, deviations
-
-
-def checked(dataset: Dataset) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (N, H, W, C) uint8 and labels (N,); raises `DataError` where there is no learning from them."""
-    images, labels, classes = dataset.images, dataset.labels, len(dataset.class_names)
-    if labels is None:
-        raise DataError(f"{dataset.name}: has no labels. Put the images into one folder per class.")
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+def _check_test(test: Dataset | ImageFiles | None, dataset: Dataset | ImageFiles, batches: Batches) -> None:
+    """Raises `DataError` where the test images are not of the training images' shape, or have no labels."""
+    if test is None:
+        return
+    sides = test.images.shape[1:] if isinstance(test, Dataset) else test.shape
+    expected = (*batches.shape[1:], batches.shape[0])
+    if sides != expected:
         raise DataError(
-            f"{dataset.name}: the images are {images.dtype} {images.shape}; expected uint8 (N, H, W, C)."
+            f"{test.name}: test images are {sides}, training images {expected} (height, width, channels). "
+            "Bring both to one size."
         )
-    if len(labels) != len(images):
-        raise DataError(f"{dataset.name}: has {len(images)} images but {len(labels)} labels.")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"{dataset.name}: labels run from {labels.min()} to {labels.max()}; expected numbers of "
-            f"{classes} classes, from 0."
-        )
-    if classes < 2:
-        raise DataError(f"{dataset.name}: has {classes} class; expected two or more.")
-    return images, labels
+    if isinstance(test, Dataset):
+        checked(replace(test, class_names=dataset.class_names))
 
 
 def _config(
-    dataset: Dataset, settings: Settings, batches: Batches, arguments: Mapping[str, Any]
+    dataset: Dataset | ImageFiles, settings: Settings, batches: Batches, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     provenance = files.provenance(
-        arguments, seed=settings.seed, threads=torch.get_num_threads(), device=str(batches.images.device)
+        arguments,
+        seed=settings.seed,
+        threads=torch.get_num_threads(),
+        device=str(batches.device),
+        processes=distributed.world_size(),
     )
     config = {
         "settings": asdict(settings),
@@ -435,6 +447,7 @@ def _config(
             "digest": dataset.digest,
             "class_names": dataset.class_names,
             "shape": batches.shape,
+            "resize": dataset.resize if isinstance(dataset, ImageFiles) else None,
             "mean": batches.mean,
             "deviation": batches.deviation,
         },
@@ -455,16 +468,11 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     )
 
 
-def _generator(*key: int) -> torch.Generator:
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(seed >> 1)
-
-
 @contextmanager
 def _random_state(seed: int, device: str, *, deterministic: bool) -> Iterator[None]:
     """Inside, torch's global random state starts from `seed`; afterwards the caller's is back."""
     before = torch.are_deterministic_algorithms_enabled()
-    cuda = [torch.cuda.current_device()] if device.startswith("cuda") else []
+    cuda = [torch.device(device).index or 0] if device.startswith("cuda") else []
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     with torch.random.fork_rng(devices=cuda):
@@ -476,6 +484,31 @@ def _random_state(seed: int, device: str, *, deterministic: bool) -> Iterator[No
             torch.use_deterministic_algorithms(before)
 
 
+@contextmanager
+def _stop_requests() -> Iterator[list[signal.Signals]]:
+    """Inside, SIGINT and SIGTERM are entered into the list that is yielded, for the loop to look at.
+
+    A second one stops at once, in a single process; torchrun sends several by itself. Python takes signals in
+    the main thread only: in another, nothing changes.
+    """
+    asked: list[signal.Signals] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked and distributed.world_size() == 1:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Writes the run's config, or sees that the one there is the same."""
     path = out / CONFIG
@@ -484,6 +517,8 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
         return
     if not resume:
         raise UsageError(f"{out}: holds a run already. Give --resume to go on with it, or another --out.")
+    for left in out.glob(".*.partial-*"):  # by a process that was killed while it wrote
+        left.unlink()
     old = read_config(out)
     old["settings"] = asdict(Settings()) | old["settings"]  # a run from before a setting had its default
     for part in ("settings", "data"):
@@ -524,8 +559,12 @@ def read_metrics(run: Path) -> list[Metrics]:
 
 
 def _write_metrics(out: Path, metrics: Sequence[Metrics]) -> None:
-    files.write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
+    with distributed.together():
+        if distributed.rank() == 0:
+            files.write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
 
 
 def _write_curves(out: Path, config: Mapping[str, Any], metrics: Sequence[Metrics]) -> None:
-    files.write_text(out / curves.CURVES, curves.page(out.name, config, metrics))
+    with distributed.together():
+        if distributed.rank() == 0:
+            files.write_text(out / curves.CURVES, curves.page(out.name, config, metrics))

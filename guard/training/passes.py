@@ -58,7 +58,8 @@ class Passes:
     wherever neither second derivatives nor activations are asked for. `progress` is the share of training
     that is done. `state` carries what a regularizer keeps from step to step, `after_backward` what is to be
     called once the loss has been differentiated. The batch may be one of `parts` equal ones whose gradients
-    are averaged: a sum over the batch is multiplied by `parts`, so that the average is the sum over all.
+    are averaged: a sum over the batch is multiplied by `parts`, so that the average is the sum over all. It
+    is number `part` of those that one process computes one after another.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Passes:
         compiled: Callable[[Tensor], Tensor] | None = None,
         progress: float = 0.0,
         state: dict[str, Tensor] | None = None,
+        part: int = 0,
         parts: int = 1,
     ) -> None:
         self.model = model
@@ -81,6 +83,7 @@ class Passes:
         self.autocast = autocast
         self.progress = progress
         self.state = {} if state is None else state
+        self.part = part
         self.parts = parts
         self.recording = False
         self.after_backward: list[Callable[[], None]] = []

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from guard.training.distributed import share_of_maximum
 from guard.training.passes import Passes, RegularizedLoss
 
 FULL_PRECISION_STEP = 0.01
@@ -108,7 +109,7 @@ def tv_l1_exact(passes: Passes, *, eps: float) -> RegularizedLoss:
 def lipschitz_exact(passes: Passes, *, weight: float) -> RegularizedLoss:
     """`lipschitz` through the pass over the whole batch in training mode: weight * max_i ||g_i||_2."""
     norms = image_norms(passes.exact_gradient)
-    slope = norms[norms.argmax()]
+    slope = share_of_maximum(norms.max()) * norms[norms.argmax()]
     return RegularizedLoss(weight * slope, terms={"lipschitz": slope.detach()})
 
 
@@ -165,17 +166,22 @@ def _slopes_along(passes: Passes, direction: Tensor, step: float) -> Tensor:
 
 
 def _steepest(passes: Passes, h: float | None) -> Tensor:
-    """The largest ||g_i||_2 of the batch, differentiable by the weights."""
-    chosen = image_norms(passes.gradient).argmax().view(1)
+    """The largest ||g_i||_2 of the batch, differentiable by the weights.
+
+    Of several processes only the one that holds it contributes, times their number: gradients are averaged.
+    """
+    norms = image_norms(passes.gradient)
+    chosen = norms.argmax().view(1)
+    factor = share_of_maximum(norms.max())
     image, label = passes.images[chosen], passes.labels[chosen]
     if h is not None:
         ends = torch.cat([image, image + h * unit_direction(passes.gradient[chosen])])
         losses = passes.as_served(ends, label.repeat(2)).losses
-        return (losses[1] - losses[0]) / h
+        return factor * (losses[1] - losses[0]) / h
     point = image.detach().requires_grad_()
     loss = passes.as_served(point, label).losses.sum()
     (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
-    return image_norms(gradient).squeeze(0)
+    return factor * image_norms(gradient).squeeze(0)
 
 
 def _difference_step(passes: Passes, h: float | None) -> float:
