@@ -67,10 +67,10 @@ def dense_manifold(
 
 
 def _soft_difference(above: Tensor, below: Tensor, alpha: float) -> Tensor:
-    if above.dtype != torch.float64:  # differences of narrower ones are mostly rounding
-        above, below = above.float(), below.float()
+    # In the activations' own type, bf16 too: see docs/decisions/0014.
     delta = torch.tanh(alpha * above) - torch.tanh(alpha * below)
-    norm: Tensor = torch.linalg.vector_norm(delta)
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(delta, dtype=wide)
     return norm / (2 * delta.numel())
 
 
