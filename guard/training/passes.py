@@ -47,11 +47,17 @@ class Pair(NamedTuple):
     corners: Tensor
 
 
+class _RandomState(NamedTuple):
+    cpu: Tensor
+    cuda: Tensor | None
+
+
 class Passes:
     """One training batch, images (B, C, H, W) in [0, 1] and labels (B,), and the passes made over it.
 
     Passes normalize by the statistics of their own batch; the first over the images or the points trained on
-    updates BatchNorm's running statistics, no other. Losses are never narrower than float32.
+    updates BatchNorm's running statistics, no other. All draw the same dropout masks, so that two of them
+    differ by their points alone. Losses are never narrower than float32.
 
     `generator` is the source of all that regularizers draw; `autocast` is the type that convolutions and
     products are computed in, None for the model's own. `compiled` is the model through `torch.compile`, used
@@ -89,6 +95,7 @@ class Passes:
         self.after_backward: list[Callable[[], None]] = []
         self._compiled = model if compiled is None else compiled
         self._updated = False
+        self._masks: _RandomState | None = None
         self._clean: Output | None = None
         self._gradient: Tensor | None = None
         self._exact_gradient: Tensor | None = None
@@ -102,11 +109,28 @@ class Passes:
         """
         with (
             _statistics(self.model, update=update and not self._updated),
+            self._same_masks(),
             torch.autocast(points.device.type, dtype=self.autocast, enabled=self.autocast is not None),
         ):
             logits = (self.model if plain else self._compiled)(points)
         self._updated |= update
         return _output(logits, self.labels)
+
+    @contextmanager
+    def _same_masks(self) -> Iterator[None]:
+        """Inside, torch's random state is that of the batch's first pass, which alone moves it on."""
+        cuda = self.images.device if self.images.device.type == "cuda" else None
+        if self._masks is None:
+            self._masks = _RandomState(
+                torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)
+            )
+            yield
+            return
+        with torch.random.fork_rng(devices=[] if cuda is None else [cuda]):
+            torch.set_rng_state(self._masks.cpu)
+            if cuda is not None and self._masks.cuda is not None:
+                torch.cuda.set_rng_state(self._masks.cuda, cuda)
+            yield
 
     def as_served(self, points: Tensor, labels: Tensor) -> Output:
         """A pass in inference mode and full precision, for points too few to be a batch of their own."""
