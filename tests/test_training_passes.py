@@ -35,6 +35,76 @@ class TestPasses:
         torch.testing.assert_close(passes.accuracy(), torch.tensor(5 / 6))
 
 
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("texts", "most"),
+        [
+            (["tv-l2:eps=0.1"], 1.0),
+            (["tulip:eps=0.1,weight=0.1"], 1.1),  # and passes over one image
+            (["adversarial-linf:eps=0.1,steps=3"], 1.0),
+            (["tv-l2:eps=0.1,form=penalty"], 2.0),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_the_clean_pass_is_kept_only_where_the_loss_needs_it(self, texts: list[str], most: float) -> None:
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        images, labels = batch(60, classes=3, dtype=torch.float32)
+        plain, found = (peak_of_saved(model, images, labels, chosen) for chosen in (["none"], texts))
+        assert plain < found * 1.01
+        assert found < plain * (most + 0.1)
+
+    def test_a_regularizer_that_needs_it_gets_it(self) -> None:
+        """The gradients are those of the parts: one trains elsewhere, one differentiates the clean pass."""
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        images, labels = batch(classes=3, dtype=torch.float32)
+        found = []
+        for alone in (["tv-l2:eps=0.1", "gradient-penalty-l2:weight=1"], ["tv-l2:eps=0.1"], ["none"]):
+            loss, _ = regularized_loss([parse(text) for text in alone], Passes(model, images, labels))
+            found.append(weight_gradient(loss, model))
+        loss, _ = regularized_loss([parse("gradient-penalty-l2:weight=1")], Passes(model, images, labels))
+        penalty = weight_gradient(loss, model) - found[2]
+        torch.testing.assert_close(found[0], found[1] + penalty, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("text", ["tv-l2:eps=0.1", "adversarial-linf:eps=0.1,steps=2"])
+    def test_compiled_passes_towards_the_images_leave_the_weights_out(self, text: str) -> None:
+        torch.manual_seed(3)
+        model = WithBatchNorm().train()
+        frozen: list[bool] = []
+
+        def forward(points: Tensor) -> Tensor:
+            frozen.append(not any(weight.requires_grad for weight in model.parameters()))
+            logits: Tensor = model(points)
+            return logits
+
+        images, labels = batch(classes=3, dtype=torch.float32)
+        regularized_loss([parse(text)], Passes(model, images, labels, compiled=forward))
+        assert frozen == [True] * (len(frozen) - 1) + [False]
+        assert all(weight.requires_grad for weight in model.parameters())
+
+
+def peak_of_saved(model: nn.Module, images: Tensor, labels: Tensor, texts: list[str]) -> int:
+    """The most numbers that the graphs of a step hold at one time for their backward passes."""
+    held, peak = 0, 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, peak
+            self.tensor = tensor
+            held += tensor.numel()
+            peak = max(held, peak)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= self.tensor.numel()
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        loss, _ = regularized_loss([parse(text) for text in texts], Passes(model, images, labels))
+        loss.backward()  # type: ignore[no-untyped-call]
+    return peak
+
+
 class TestDropout:
     def model(self) -> nn.Module:
         torch.manual_seed(3)

@@ -132,6 +132,7 @@ def regularized_loss(chosen: Sequence[Regularizer], passes: Passes) -> tuple[Ten
     are added to it. At most one of `chosen` may train on other points.
     """
     passes.recording = any(regularizer.name in _READS_ACTIVATIONS for regularizer in chosen)
+    passes.keeping_clean = not any(regularizer.trains_elsewhere for regularizer in chosen)
     parts = [regularizer(passes) for regularizer in chosen]
     elsewhere = [part.data for part in parts if part.data is not None]
     data = elsewhere[0] if elsewhere else passes.clean.losses.mean()

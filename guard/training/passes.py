@@ -63,9 +63,10 @@ class Passes:
     products are computed in, None for the model's own. `compiled` is the model through `torch.compile`, used
     wherever neither second derivatives nor activations are asked for. `progress` is the share of training
     that is done. `state` carries what a regularizer keeps from step to step, `after_backward` what is to be
-    called once the loss has been differentiated. The batch may be one of `parts` equal ones whose gradients
-    are averaged: a sum over the batch is multiplied by `parts`, so that the average is the sum over all. It
-    is number `part` of those that one process computes one after another.
+    called once the loss has been differentiated. Without `keeping_clean`, what the clean pass would need to
+    be differentiated by the weights is freed once `gradient` is known. The batch may be one of `parts` equal
+    ones whose gradients are averaged: a sum over the batch is multiplied by `parts`, so that the average is
+    the sum over all. It is number `part` of those that one process computes one after another.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Passes:
         self.part = part
         self.parts = parts
         self.recording = False
+        self.keeping_clean = True
         self.after_backward: list[Callable[[], None]] = []
         self._compiled = model if compiled is None else compiled
         self._updated = False
@@ -146,19 +148,20 @@ class Passes:
 
     @property
     def clean(self) -> Output:
-        """The pass over the images themselves."""
-        if self._clean is None:
+        """The pass over the images themselves, made anew where the one kept cannot be differentiated."""
+        if self._clean is None or not self._clean.losses.requires_grad:
             self._clean = self.at(self.images)
         return self._clean
 
     @property
     def gradient(self) -> Tensor:
         """The rows g_i, (B, C, H, W), detached."""
-        if self._gradient is None:
+        if self._gradient is None and self.keeping_clean:
             points = self.images.detach().requires_grad_()
             self._clean = self.at(points)
-            (gradient,) = torch.autograd.grad(self._clean.losses.sum(), points, retain_graph=True)
-            self._gradient = gradient.detach()
+            (self._gradient,) = torch.autograd.grad(self._clean.losses.sum(), points, retain_graph=True)
+        elif self._gradient is None:
+            self._clean, self._gradient = self._differentiated(self.images, update=True)
         return self._gradient
 
     @property
@@ -177,9 +180,19 @@ class Passes:
 
         BatchNorm's running statistics stay as they are: they describe the points trained on.
         """
+        return self._differentiated(points, update=False)[1]
+
+    def _differentiated(self, points: Tensor, *, update: bool) -> tuple[Output, Tensor]:
+        """A pass over `points` (B, C, H, W) and its gradient by them, both detached.
+
+        The weights are frozen meanwhile: nothing is stored for their gradient, and a compiled backward pass,
+        which otherwise computes all gradients, leaves theirs out.
+        """
         points = points.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.at(points, update=False).losses.sum(), points)
-        return gradient
+        with _frozen(self.model):
+            output = self.at(points, update=update)
+        (gradient,) = torch.autograd.grad(output.losses.sum(), points)
+        return Output(output.logits.detach(), output.losses.detach()), gradient
 
     def pair(self, eps: float) -> Pair:
         """Passes over x + rho and x - rho, rho a random corner of the cube of half side `eps` per image.
@@ -218,6 +231,18 @@ def compiled(model: nn.Module, *, backend: str = "inductor") -> Callable[[Tensor
 def _output(logits: Tensor, labels: Tensor) -> Output:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return Output(logits, functional.cross_entropy(logits, labels, reduction="none"))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad = False
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad = True
 
 
 @contextmanager
