@@ -145,6 +145,11 @@ class TestDense:
         dense = penalty("dense-manifold:weight=0.5,eps=0.01", model, images, labels)
         torch.testing.assert_close(dense, penalty("stability:weight=0.5,eps=0.01", model, images, labels))
 
+    def test_no_radius_is_no_penalty(self) -> None:
+        """As where a ramp of eps starts at 0."""
+        model, _ = two_class_model()
+        assert penalty("dense-manifold:weight=1,eps=0", model, *batch()) == 0
+
     def test_equal_images_have_finite_gradients(self) -> None:
         model = Linear(torch.randn(2, 48, dtype=torch.float64))
         images, labels = batch()

@@ -5,6 +5,7 @@ clipped to [0, 1], so that each image stays their middle.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def dense_manifold(
     points = torch.cat([passes.images + corners, passes.images - corners]).flatten(1)
     probabilities = torch.cat([plus.logits, minus.logits]).softmax(1)
     pixels = points.shape[1]
-    scale = pixels * eps**2 if scale is None else scale
+    if scale is None:
+        scale = max(pixels * eps**2, sys.float_info.min)  # 0 / 0 is the weight of an image's own pair else
     own = 4 * pixels * eps**2
     kernel = torch.exp((own - _squared_distances(points.double())) / scale).to(probabilities.dtype)
     term = (kernel * _squared_distances(probabilities)).triu(1).sum() * passes.parts
