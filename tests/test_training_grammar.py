@@ -29,6 +29,8 @@ class TestParse:
             ("tulip:eps=inf,weight=1", "eps is 'inf'"),
             ("tulip:eps=1,eps=2,weight=1", "gives eps twice"),
             ("tulip:eps=1,weight=1,h=0", "h is '0', not a number above 0"),
+            ("tv-l2:eps=1,h=0.001", "h is the difference step of form=penalty: give both or neither"),
+            ("tv-l1:eps=1,form=step,h=0.001", "h is the difference step of form=penalty"),
             ("tv-l2:eps=1,form=other", "form is 'other', not step or penalty"),
             ("", "unknown regularizer ''"),
         ],

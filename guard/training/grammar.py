@@ -90,7 +90,7 @@ def parse(text: str) -> Regularizer:
     """The regularizer that `tulip:eps=0.01,weight=0.1` names, with its hyperparameters.
 
     Raises `UsageError` for an unknown name or hyperparameter, listing the known ones, and for a value that is
-    missing or means nothing.
+    missing, means nothing or would not be used.
     """
     name, _, settings = text.partition(":")
     if name not in REGULARIZERS:
@@ -109,6 +109,10 @@ def parse(text: str) -> Regularizer:
     if missing:
         example = ",".join(f"{key}=0.1" for key in missing)
         raise UsageError(f"regularizer {name} needs {' and '.join(missing)}, as in {name}:{example}")
+    if "form" in known and "h" in bound and bound.get("form") != "penalty":
+        raise UsageError(
+            f"regularizer {text!r}: h is the difference step of form=penalty: give both or neither."
+        )
     return Regularizer(name, bound)
 
 
