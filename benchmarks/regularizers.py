@@ -97,8 +97,8 @@ ROWS = {
     "gradient-penalty-l2-exact-0.1": Row(
         ("gradient-penalty-l2-exact:weight=0.1",), "SCALE T2: 5.91%; L 0.006, omega 0, mean l2 0.13"
     ),
-    "stability": Row((f"stability:{_STABILITY}",), "HAMMING T2: 65.26%; PGD linf 8/255 accuracy 20.11%"),
-    "hamming": Row((_HAMMING,), "HAMMING T2: 9.76%; PGD linf 8/255 accuracy 24.87%"),
+    "stability": Row((f"stability:{_STABILITY}",), "HAMMING T3: 65.26%; PGD linf 8/255 accuracy 20.11%"),
+    "hamming": Row((_HAMMING,), "HAMMING T3: 9.76%; PGD linf 8/255 accuracy 24.87%"),
     "stability-hamming": Row(
         (f"stability:{_STABILITY}", _HAMMING), "MANIFOLD T2: 30.05%; PGD linf 8/255 accuracy 40.54%"
     ),
