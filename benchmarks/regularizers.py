@@ -455,11 +455,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "Robust accuracy under PGD-20 alone, and what the papers have:"]
     for budgets in (BUDGETS, DIGITS):
         names = [f"{norm} {name}" for norm, _, name in budgets]
-        lines += ["", f"| row | {' | '.join(names)} | in the papers |", f"|{(len(names) + 2) * '---|'}"]
-        for name, entry in entries.items():
-            if list(entry["robust_accuracy"]) == names:
-                cells = [percent(share) for share in entry["robust_accuracy"].values()]
-                lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
+        rows = {name: entry for name, entry in entries.items() if list(entry["robust_accuracy"]) == names}
+        if rows:
+            lines += ["", f"| row | {' | '.join(names)} | in the papers |", f"|{(len(names) + 2) * '---|'}"]
+        for name, entry in rows.items():
+            cells = [percent(share) for share in entry["robust_accuracy"].values()]
+            lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
     lines += [
         "",
         "How much farther away attacks are than on the undefended network: as LIPGEN's Table 5 predicts",
