@@ -37,8 +37,8 @@ from guard.export import to_onnx
 from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector
-from guard.training import architectures, checkpoint
-from guard.training.loop import Settings, chosen_precision, read_config, read_metrics, train
+from guard.training import checkpoint
+from guard.training.loop import Settings, chosen_precision, read_metrics, train, trained
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -295,19 +295,11 @@ class TorchModel:
 
 def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
     """All of a row's figures but its name."""
-    config = read_config(run)
-    network = architectures.build(
-        config["settings"]["architecture"],
-        mean=config["data"]["mean"],
-        deviation=config["data"]["deviation"],
-        num_classes=len(config["data"]["class_names"]),
-        size=tuple(config["data"]["shape"][1:]),
-    )
-    network.load_state_dict(checkpoint.load(run / checkpoint.CHECKPOINT).model)
+    source = trained(run)
     model: Model = (
-        OnnxModel(network, tuple(config["data"]["shape"]), torch.get_num_threads())
+        OnnxModel(source.model, tuple(source.config["data"]["shape"]), torch.get_num_threads())
         if device == "cpu"
-        else TorchModel(network, device)
+        else TorchModel(source.model, device)
     )
     test = data.load(row.dataset, "test")
     assert test.labels is not None
@@ -337,7 +329,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
             "largest_loss_gradient": float(slopes.max()),
             "train_seconds": epochs[-1]["seconds"],
             "train_accuracy": epochs[-1].get("train_accuracy"),
-            "provenance": config["provenance"],
+            "provenance": source.config["provenance"],
         }
         entry["radii"] = mean_radii(model, test, radii, report)
         progress.advance(2, "radii")

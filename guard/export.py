@@ -23,8 +23,8 @@ from guard.card import UNCALIBRATED
 from guard.errors import ModelError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.guarded import IMAGES, LOGITS
-from guard.training import architectures, checkpoint
-from guard.training.loop import read_config, read_metrics
+from guard.training import checkpoint
+from guard.training.loop import read_metrics, trained
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7, 32)
@@ -54,24 +54,12 @@ def export(
     disagree or the model has no gradients, and `BundleError` where `out` is another kind of folder.
     """
     check_target(out)
-    config = read_config(run)
-    state = checkpoint.load(run / checkpoint.CHECKPOINT)
-    data = config["data"]
-    shape = (int(data["shape"][0]), int(data["shape"][1]), int(data["shape"][2]))
-    model = architectures.build(
-        config["settings"]["architecture"],
-        mean=data["mean"],
-        deviation=data["deviation"],
-        num_classes=len(data["class_names"]),
-        size=shape[1:],
-        width=config["settings"].get("width"),  # runs from before these settings do not have them
-        pre_logit_sigmoid=config["settings"].get("pre_logit_sigmoid", False),
-    )
-    model.load_state_dict(state.model)
-    graph = to_onnx(model, shape)
+    found = trained(run)
+    config, data = found.config, found.config["data"]
+    channels, height, width = shape = tuple(data["shape"])
+    graph = to_onnx(found.model, shape)
     check_differentiable(graph, IMAGES, LOGITS)
-    difference = compare(model, graph, shape)
-    channels, height, width = shape
+    difference = compare(found.model, graph, shape)
     description = Manifest(
         name=name or out.resolve().name,
         input=InputShape(channels=channels, height=height, width=width),
@@ -84,7 +72,7 @@ def export(
             arguments or {},
             seed=config["settings"]["seed"],
             checkpoint=sha256(run / checkpoint.CHECKPOINT),
-            epochs={"done": state.epoch, "planned": config["settings"]["epochs"]},
+            epochs={"done": found.epochs, "planned": config["settings"]["epochs"]},
             training=config,
         ),
     )
@@ -210,8 +198,8 @@ def train_command(config: Mapping[str, Any]) -> str:
     flags = {
         "dataset": [data["name"]],
         "arch": [settings["architecture"]],
-        **({"width": [settings["width"]]} if settings.get("width") else {}),
-        **({"pre-logit-sigmoid": []} if settings.get("pre_logit_sigmoid") else {}),
+        **({"width": [settings["width"]]} if settings["width"] else {}),
+        **({"pre-logit-sigmoid": []} if settings["pre_logit_sigmoid"] else {}),
         "regularizer": settings["regularizers"],
         "epochs": [settings["epochs"]],
         "batch-size": [settings["batch_size"]],
@@ -219,7 +207,7 @@ def train_command(config: Mapping[str, Any]) -> str:
         "schedule": [settings["schedule"]],
         "warmup": [settings["warmup"]],
         "momentum": [settings["momentum"]],
-        "nesterov" if settings.get("nesterov", True) else "no-nesterov": [],
+        "nesterov" if settings["nesterov"] else "no-nesterov": [],
         "weight-decay": [settings["weight_decay"]],
         "crop": [settings["padding"]],
         "mirror" if settings["mirror"] else "no-mirror": [],
@@ -228,9 +216,9 @@ def train_command(config: Mapping[str, Any]) -> str:
         "held-out": [settings["held_out"]],
         "seed": [settings["seed"]],
     }
-    if settings.get("accumulate", 1) > 1:
+    if settings["accumulate"] > 1:
         flags["accumulate"] = [settings["accumulate"]]
-    if settings.get("compile"):
+    if settings["compile"]:
         flags["compile"] = []
     if data.get("resize") is not None:
         flags["image-size"] = [data["shape"][1]]
@@ -239,8 +227,8 @@ def train_command(config: Mapping[str, Any]) -> str:
 
 
 def _network(settings: Mapping[str, Any]) -> str:
-    width = f" of width {settings['width']}" if settings.get("width") else ""
-    sigmoid = " with a pre-logit sigmoid" if settings.get("pre_logit_sigmoid") else ""
+    width = f" of width {settings['width']}" if settings["width"] else ""
+    sigmoid = " with a pre-logit sigmoid" if settings["pre_logit_sigmoid"] else ""
     return f"{settings['architecture']}{width}{sigmoid}"
 
 

@@ -160,9 +160,36 @@ class TestBundle:
         with pytest.raises(TrainingError, match="is no run"):
             export(tmp_path / "nowhere", tmp_path / "out")
         (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
-        with pytest.raises(TrainingError, match="no such checkpoint"):
+        with pytest.raises(TrainingError, match="has no checkpoint yet"):
             export(tmp_path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    def test_of_a_run_from_before_most_settings(self, exported: Path, run: Path, tmp_path: Path) -> None:
+        older = Path(shutil.copytree(run, tmp_path / "run"))
+        config = json.loads((run / "config.json").read_text())
+        first = (
+            "architecture",
+            "regularizers",
+            "epochs",
+            "batch_size",
+            "held_out",
+            "seed",
+            "padding",
+            "cutout",
+        )
+        config["settings"] = {name: config["settings"][name] for name in first}
+        (older / "config.json").write_text(json.dumps(config))
+        export(older, tmp_path / "bundle")
+        assert sha256(tmp_path / "bundle" / "model.onnx") == sha256(exported / "model.onnx")
+        assert "--schedule one-cycle --warmup 0.2" in (tmp_path / "bundle" / "card.md").read_text()
+
+    def test_of_a_checkpoint_of_another_network_is_refused(self, run: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(run, tmp_path / "run"))
+        config = json.loads((run / "config.json").read_text())
+        config["data"]["class_names"].append("yellow")
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(TrainingError, match="belongs to another network"):
+            export(other, tmp_path / "bundle")
 
 
 def test_preactresnet_and_weights_that_differ() -> None:

@@ -152,15 +152,7 @@ def train(
         _stop_requests() as stop,
     ):
         with distributed.together():
-            model = architectures.build(
-                settings.architecture,
-                mean=batches.mean,
-                deviation=batches.deviation,
-                num_classes=len(dataset.class_names),
-                size=batches.shape[1:],
-                width=settings.width,
-                pre_logit_sigmoid=settings.pre_logit_sigmoid,
-            ).to(device)
+            model = _network(config).to(device)
             if distributed.rank() == 0:
                 _open(out, config, resume=resume)
         model.to(memory_format=torch.channels_last)
@@ -185,6 +177,30 @@ def train(
             _write_metrics(out, tested)
             _write_curves(out, config, tested)
     return Result(out, metrics[-1] if metrics else {}, accuracy)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's network in evaluation mode on the CPU, the run's config, and the epochs that are done."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    epochs: int
+
+
+def trained(run: Path) -> Trained:
+    """The network of the run in the folder `run`, with the weights of its checkpoint.
+
+    Raises `TrainingError` where `run` holds no run, or no checkpoint of its network.
+    """
+    config = read_config(run)
+    path = run / checkpoint.CHECKPOINT
+    if not path.exists():
+        raise TrainingError(f"{run}: has no checkpoint yet. Let guard train go on, with --resume.")
+    saved = checkpoint.load(path)
+    model = _network(config)
+    _take_weights(model, saved, path)
+    return Trained(model.eval(), config, saved.epoch)
 
 
 class Run:
@@ -234,13 +250,8 @@ class Run:
                     else "Resume without torchrun."
                 )
             )
-        try:
-            self.model.load_state_dict(saved.model)
-            self.optimizer.load_state_dict(saved.optimizer)
-        except (RuntimeError, ValueError) as error:
-            raise TrainingError(
-                f"{self.path}: belongs to another network ({str(error).splitlines()[0]})."
-            ) from error
+        _take_weights(self.model, saved, self.path)
+        self.optimizer.load_state_dict(saved.optimizer)
         own = saved.processes[distributed.rank()]
         torch.set_rng_state(own.random_state)
         if own.cuda_random_state is not None and self.batches.device.type == "cuda":
@@ -391,6 +402,30 @@ class Run:
         return int(distributed.sum_over_processes(right)) / len(dataset)
 
 
+def _network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that a run's config describes, its weights drawn from torch's global random state."""
+    settings, data = config["settings"], config["data"]
+    _, height, width = data["shape"]
+    return architectures.build(
+        settings["architecture"],
+        mean=data["mean"],
+        deviation=data["deviation"],
+        num_classes=len(data["class_names"]),
+        size=(height, width),
+        width=settings["width"],
+        pre_logit_sigmoid=settings["pre_logit_sigmoid"],
+    )
+
+
+def _take_weights(model: nn.Module, saved: checkpoint.Checkpoint, path: Path) -> None:
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{path}: belongs to another network ({str(error).splitlines()[0].rstrip(':')})."
+        ) from error
+
+
 def chosen_device(name: str) -> str:
     """`auto` is CUDA where it works, else the CPU; raises `UsageError` for a device that does not work."""
     if name == "auto":
@@ -520,7 +555,6 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     for left in out.glob(".*.partial-*"):  # by a process that was killed while it wrote
         left.unlink()
     old = read_config(out)
-    old["settings"] = asdict(Settings()) | old["settings"]  # a run from before a setting had its default
     for part in ("settings", "data"):
         for key, value in config[part].items():
             if old[part].get(key) != value:
@@ -531,12 +565,16 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's `config.json`; raises `TrainingError` where the folder holds no run."""
+    """A run's `config.json`, with the defaults of settings that it is older than.
+
+    Raises `TrainingError` where the folder holds no run.
+    """
     path = run / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(config["settings"], dict) or not isinstance(config["data"], dict):
+        if not isinstance(config["data"], dict):
             raise TypeError
+        config["settings"] = asdict(Settings()) | config["settings"]
     except OSError as error:
         raise TrainingError(
             f"{run}: is no run ({CONFIG} is missing). Give a folder of guard train."
