@@ -285,6 +285,14 @@ class TestResume:
         with pytest.raises(TrainingError, match="belongs to another network"):
             train(dataset(), TINY, uninterrupted, resume=True)
 
+    def test_of_deleted_metrics_goes_on_without_them(self, uninterrupted: Path) -> None:
+        path = uninterrupted / "metrics.jsonl"
+        *_, second, tested = path.read_text().splitlines()
+        path.write_text(f"{second}\n{tested}\n")  # the first epoch's line was deleted before the second
+        result = train(dataset(), TINY, uninterrupted, test=dataset(seed=1), resume=True)
+        assert path.read_text().splitlines() == [second, tested]
+        assert result.metrics["epoch"] == 2
+
     def test_of_damaged_metrics_is_refused(self, uninterrupted: Path) -> None:
         (uninterrupted / "metrics.jsonl").write_text('{"epoch": 1\n')
         with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged"):

@@ -162,7 +162,7 @@ def train(
         with distributed.together():
             if resume and run.path.exists():
                 run.restore(checkpoint.load(run.path))
-            metrics = read_metrics(out)[: run.epoch]
+            metrics = [line for line in read_metrics(out) if line.get("epoch", math.inf) <= run.epoch]
         _write_curves(out, config, metrics)
         with Progress(run.total - run.done, f"train {out.name}") as progress:
             while run.epoch < settings.epochs:
