@@ -114,7 +114,7 @@ class InMemory(Batches):
         images, labels = checked(dataset)
         _check_classes(labels, dataset)
         if settings.padding >= min(images.shape[1:3]):
-            raise UsageError(f"crops shift by {settings.padding} pixels: more than the images' size allows.")
+            raise _shifted_too_far(settings.padding, images.shape[1:3])
         super().__init__(labels, settings, device)
         self.shape = (images.shape[3], images.shape[1], images.shape[2])
         kept = images[self._kept]
@@ -149,7 +149,7 @@ class Streamed(Batches):
 
     def __init__(self, files: ImageFiles, settings: Choices, device: str, *, workers: int) -> None:
         if files.resize is None and settings.padding >= min(files.shape[:2]):
-            raise UsageError(f"crops shift by {settings.padding} pixels: more than the images' size allows.")
+            raise _shifted_too_far(settings.padding, files.shape[:2])
         super().__init__(files.labels, settings, device)
         height, width, channels = files.shape
         self.shape = (channels, height, width)
@@ -293,6 +293,13 @@ def _check_classes(labels: NDArray[np.int64], dataset: Dataset) -> None:
             f"{dataset.name}: class {dataset.class_names[empty[0]]!r} (number {empty[0]}) has no training "
             "image. Number the classes from 0 without gaps, or add images of it."
         )
+
+
+def _shifted_too_far(padding: int, size: tuple[int, ...]) -> UsageError:
+    return UsageError(
+        f"--crop is {padding}, for images of {size[0]} x {size[1]} pixels: expected less than "
+        f"{min(size)} pixels."
+    )
 
 
 def _size(settings: Choices, kept: int) -> int:
