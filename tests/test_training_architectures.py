@@ -514,7 +514,7 @@ class TestRuns:
     ) -> None:
         flags = ["--width", "4", "--pre-logit-sigmoid", "--regularizer", "tulip:eps=0.05,weight=0.01"]
         assert main([*command(data, run), *flags, "--resume"]) == 2
-        assert "was started with width 5, now it is 4" in capsys.readouterr().err
+        assert "was started with --width 5, now it is 4" in capsys.readouterr().err
 
     def test_of_before_these_settings_resume_and_export(self, data: Path, tmp_path: Path) -> None:
         out = tmp_path / "run"

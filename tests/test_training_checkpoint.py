@@ -224,7 +224,7 @@ def test_photographs_from_training_to_bundle(
     assert equal(tmp_path / "run", tmp_path / "whole")
     assert "of the test images" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "run"), "--resume", "--image-size", "24"]) == 2
-    assert "was started with shape [3, 16, 16], now it is [3, 24, 24]" in capsys.readouterr().err
+    assert "other data (shape [3, 16, 16], now [3, 24, 24])" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "bundle")]) == 0
     manifest = bundle.load(tmp_path / "bundle").manifest
     assert manifest.input == bundle.InputShape(channels=3, height=16, width=16)

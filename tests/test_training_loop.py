@@ -254,11 +254,26 @@ class TestResume:
             train(dataset(), TINY, uninterrupted)
 
     def test_with_other_settings_is_refused(self, uninterrupted: Path) -> None:
-        with pytest.raises(UsageError, match="was started with epochs 2, now it is 4"):
+        with pytest.raises(UsageError, match="was started with --epochs 2, now it is 4"):
             train(dataset(), replace(TINY, epochs=4), uninterrupted, resume=True)
+        with pytest.raises(UsageError, match="was started with --crop 1, now it is 0"):
+            train(dataset(), replace(TINY, padding=0), uninterrupted, resume=True)
+        with pytest.raises(UsageError, match=r"--regularizer \S+, now it is none tv-l1:eps=0\.1\."):
+            train(
+                dataset(), replace(TINY, regularizers=("none", "tv-l1:eps=0.1")), uninterrupted, resume=True
+            )
+
+    def test_before_a_checkpoint_there_is_nothing_to_keep(self, whole: Path, tmp_path: Path) -> None:
+        out = tmp_path / "whole"
+        with pytest.raises(TrainingError, match=r"not finite .* no checkpoint yet: start anew\.$"):
+            train(dataset(), replace(TINY, learning_rate=1e30), out)
+        train(dataset(), TINY, out)
+        expected, found = weights(whole), weights(out)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert loop.read_config(out)["settings"]["learning_rate"] == TINY.learning_rate
 
     def test_with_other_data_is_refused(self, uninterrupted: Path) -> None:
-        with pytest.raises(UsageError, match="was started with digest 'digest', now it is 'other'"):
+        with pytest.raises(UsageError, match=r"other data \(digest 'digest', now 'other'\)"):
             train(replace(dataset(), digest="other"), TINY, uninterrupted, resume=True)
 
     def test_of_a_damaged_checkpoint_is_refused(self, uninterrupted: Path) -> None:
@@ -274,7 +289,7 @@ class TestResume:
         del config["settings"]["nesterov"]
         path.write_text(json.dumps(config))
         train(dataset(), TINY, uninterrupted, resume=True)
-        with pytest.raises(UsageError, match="was started with nesterov True, now it is False"):
+        with pytest.raises(UsageError, match="was started with --nesterov yes, now it is no"):
             train(dataset(), replace(TINY, nesterov=False), uninterrupted, resume=True)
 
     def test_of_another_network_is_refused(
@@ -398,7 +413,7 @@ class TestFailures:
             ({"schedule": "linear"}, "--schedule is linear: expected one of one-cycle, cosine"),
             ({"warmup": 1.0}, "--warmup is 1.0"),
             ({"padding": -1}, "--crop is -1"),
-            ({"padding": 8}, "crops shift by 8 pixels"),
+            ({"padding": 8}, "--crop is 8, for images of 8 x 8 pixels: expected less than 8"),
             ({"cutout": -1}, "--cutout is -1"),
             ({"held_out": -1}, "--held-out is -1"),
             ({"held_out": 69}, "holding out 69 of 70 training images leaves 1"),

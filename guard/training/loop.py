@@ -266,7 +266,7 @@ class Run:
                 raise distributed.alike(
                     TrainingError(
                         f"{name} is not finite before epoch {self.epoch + 1}, step {self.step + 1}. Lower "
-                        "--learning-rate. The last good checkpoint is kept."
+                        f"--learning-rate. {self._kept()}"
                     )
                 )
         distributed.check_identical(self.model)
@@ -289,6 +289,11 @@ class Run:
             if distributed.rank() == 0:
                 checkpoint.save(saved, self.path)
 
+    def _kept(self) -> str:
+        if self.path.exists():
+            return "The last good checkpoint is kept."
+        return "There is no checkpoint yet: start anew."
+
     def finish_epoch(
         self, progress: Progress, stop: Sequence[signal.Signals], checkpoint_seconds: float
     ) -> Metrics:
@@ -308,7 +313,7 @@ class Run:
             before, clock = clock, time.monotonic()
             self.seconds += clock - before
             loss = self.sums["loss"] / self.step
-            progress.advance(note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {loss:.3f}")
+            progress.advance(note=f"epoch {self.epoch + 1} of {self.settings.epochs}, loss {loss:.4g}")
             if self.step == self.batches.steps:
                 break  # the epoch's own checkpoint follows
             due = distributed.rank() == 0 and clock - saved > checkpoint_seconds
@@ -356,7 +361,7 @@ class Run:
             raise distributed.alike(
                 TrainingError(
                     f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1} ({found}). "
-                    "Lower --learning-rate or a regularizer's weight. The last good checkpoint is kept."
+                    f"Lower --learning-rate or a regularizer's weight. {self._kept()}"
                 )
             )
         for group in self.optimizer.param_groups:
@@ -545,9 +550,12 @@ def _stop_requests() -> Iterator[list[signal.Signals]]:
 
 
 def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Writes the run's config, or sees that the one there is the same."""
+    """Writes the run's config, or sees that the one there is the same.
+
+    A run that was stopped before its first checkpoint left nothing to go on with: another takes its place.
+    """
     path = out / CONFIG
-    if not path.exists():
+    if not path.exists() or not (out / checkpoint.CHECKPOINT).exists():
         files.write_text(path, json.dumps(config, indent=1) + "\n")
         return
     if not resume:
@@ -555,13 +563,34 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     for left in out.glob(".*.partial-*"):  # by a process that was killed while it wrote
         left.unlink()
     old = read_config(out)
-    for part in ("settings", "data"):
-        for key, value in config[part].items():
-            if old[part].get(key) != value:
-                raise UsageError(
-                    f"{out}: was started with {key} {old[part].get(key)!r}, now it is {value!r}. Resume with "
-                    "the same, or give another --out."
-                )
+    for name, value in config["settings"].items():
+        if old["settings"][name] != value:
+            before, now = (_written(one) for one in (old["settings"][name], value))
+            raise UsageError(
+                f"{out}: was started with {_flag(name)} {before}, now it is {now}. Resume with the same, or "
+                "give another --out."
+            )
+    for name, value in config["data"].items():
+        if old["data"].get(name) != value:
+            raise UsageError(
+                f"{out}: was started with other data ({name} {old['data'].get(name)!r}, now {value!r}). "
+                "Resume with the same, or give another --out."
+            )
+
+
+def _flag(setting: str) -> str:
+    """The flag of `guard train` that a setting is given by."""
+    other = {"architecture": "arch", "regularizers": "regularizer", "padding": "crop"}
+    return "--" + other.get(setting, setting).replace("_", "-")
+
+
+def _written(value: Any) -> str:
+    """A setting's value as it is read on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "left out" if value is None else str(value)
 
 
 def read_config(run: Path) -> dict[str, Any]:
