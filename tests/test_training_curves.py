@@ -16,6 +16,7 @@ from guard.training import curves
 SVG = "{http://www.w3.org/2000/svg}"
 XHTML = "{http://www.w3.org/1999/xhtml}"
 
+LOSS = "loss nats per image"
 STABILITY = "stability squared l2 distance of probabilities, summed over the batch"
 RAMPS = ("stability:weight=0.8..8@0.2..0.8,eps=2/255..8/255@0.1..0.35", "tv-l2:eps=0.01")
 
@@ -134,6 +135,12 @@ class TestPage:
         for figure in found.values():
             assert paths(figure) == []
             assert len(list(figure.iter(f"{SVG}circle"))) == len(legend(figure))
+
+    def test_long_numbers_fit_beside_the_axis(self) -> None:
+        drawn = figures(curves.page("run", config(1), [line(1, loss=2.30371085, data=2.30370942)]))[LOSS]
+        numbers = [text for text in drawn.iter(f"{SVG}text") if text.get("class") == "y"]
+        assert max(len(text.text or "") for text in numbers) == 9
+        assert all(float(text.attrib["x"]) >= 7 * len(text.text or "") for text in numbers)
 
     def test_what_is_not_finite_or_absent_is_a_gap(self) -> None:
         lines = [line(epoch) for epoch in range(1, 8)]

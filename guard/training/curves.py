@@ -32,6 +32,7 @@ _NO_CURVES = {"epoch", "seconds", "learning_rate", *_ACCURACIES, *_LOSSES}
 _MOST_POINTS = 400  # of a curve: more than a panel has pixels across
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 38
+_DIGIT = 7  # how wide one is at most
 _RELOAD_SECONDS = 10
 
 
@@ -181,9 +182,11 @@ def _drawing(panel: Panel, epochs: int) -> str:
     values = [value for curve in panel.curves for _, value in curve.points if math.isfinite(value)]
     heights = ticks(min(values) * panel.scale, max(values) * panel.scale) if values else [0.0, 1.0]
     low, high = heights[0] / panel.scale, heights[-1] / panel.scale
+    texts = labels(heights)
+    left = max(_LEFT, 10 + _DIGIT * max(map(len, texts)))
 
     def across(epoch: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * epoch / epochs
+        return left + (_WIDTH - left - _RIGHT) * epoch / epochs
 
     def up(value: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
@@ -191,15 +194,15 @@ def _drawing(panel: Panel, epochs: int) -> str:
     about = f"{escape(panel.title)} over {epochs} epochs"
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" xmlns="http://www.w3.org/2000/svg"'
     parts = [f'<svg {box} role="img" aria-label="{about}">']
-    for height, text in zip(heights, labels(heights), strict=True):
+    for height, text in zip(heights, texts, strict=True):
         y = up(height / panel.scale)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" />')
-        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{_WIDTH - _RIGHT}" />')
+        parts.append(f'<text class="y" x="{left - 6}" y="{y + 4:.1f}">{text}</text>')
     for epoch in epoch_ticks(epochs):
         x = across(epoch)
         parts.append(f'<path class="tick" d="M{x:.1f} {_HEIGHT - _BOTTOM}v4" />')
         parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}">{epoch}</text>')
-    parts.append(f'<text class="x" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}">epochs</text>')
+    parts.append(f'<text class="x" x="{(left + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}">epochs</text>')
     for index, curve in enumerate(panel.curves):
         parts.append(f'<g class="c{index}">{_line(curve.points, across, up)}</g>')
     return "".join([*parts, "</svg>"])
