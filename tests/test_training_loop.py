@@ -249,6 +249,11 @@ class TestResume:
         assert (uninterrupted / "curves.html").read_text() == before
         assert before == curves.page("whole", loop.read_config(uninterrupted), read_metrics(uninterrupted))
 
+    def test_needs_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(UsageError, match=r"notes\.txt: is a file; expected the folder of a run"):
+            train(dataset(), TINY, tmp_path / "notes.txt")
+
     def test_is_asked_for(self, uninterrupted: Path) -> None:
         with pytest.raises(UsageError, match="holds a run already"):
             train(dataset(), TINY, uninterrupted)

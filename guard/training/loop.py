@@ -554,6 +554,8 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
 
     A run that was stopped before its first checkpoint left nothing to go on with: another takes its place.
     """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected the folder of a run, or a new one.")
     path = out / CONFIG
     if not path.exists() or not (out / checkpoint.CHECKPOINT).exists():
         files.write_text(path, json.dumps(config, indent=1) + "\n")
