@@ -323,3 +323,12 @@ def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= alone <= 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert usual_workers() == 1
+
+
+def test_an_archive_without_labels_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "unlabelled.npz"
+    np.savez(path, x_train=np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(
+        DataError, match=r"unlabelled\.npz: has no labels, the array 'y_train'\. Expected x_train"
+    ):
+        folders.load(path)

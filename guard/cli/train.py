@@ -57,9 +57,12 @@ Architectures, with their widths, and their parameters for 32x32 images:
 A preset is a recipe of a paper's table: data set, network, regularizer and
 all settings below; what is given beside it takes its place.
 
-A folder holds train/CLASS/IMAGE and, for the accuracy, test/CLASS/IMAGE; small
-ones are kept in memory, others decoded as needed. Several GPUs or machines
-train together under torchrun. Ctrl-C and SIGTERM save a checkpoint first.
+An .npz file holds x_train and y_train: uint8 images (N, H, W, C) and integer
+labels from 0; class_names if wanted; x_test and y_test for the accuracy. A
+folder holds train/CLASS/IMAGE and, for the accuracy, test/CLASS/IMAGE or
+val/CLASS/IMAGE; small ones are kept in memory, others decoded as needed.
+Several GPUs or machines train together under torchrun. Ctrl-C and SIGTERM save
+a checkpoint first.
 
 RUN gets config.json, checkpoint.pt, metrics.jsonl (a line per epoch) and
 curves.html, to look at while it trains and after.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guard import data
 from guard import images as uploads
+from guard.archives import FORMAT
 from guard.data import Dataset, Split
 from guard.errors import DataError, ImageError, UsageError
 from guard.progress import track
@@ -64,14 +65,16 @@ def load(
     `image_size`, and where sizes differ, images are brought to `image_size` x `image_size` pixels (default:
     224) by a crop.
 
-    Raises `DataError` as `data.load` does, and where a file is no image; `UsageError` for an `image_size`
-    that the images of an array cannot have.
+    Raises `DataError` as `data.load` does, where there are no labels, and where a file is no image;
+    `UsageError` for an `image_size` that the images of an array cannot have.
     """
     if image_size is not None and not 8 <= image_size <= LARGEST_SIZE:
         raise UsageError(f"--image-size is {image_size}: expected 8 to {LARGEST_SIZE} pixels.")
     path = Path(source)
     if not path.is_dir():
         dataset = data.load(source, split)
+        if dataset.labels is None:
+            raise DataError(f"{source}: has no labels, the array 'y_{split}'. Expected {FORMAT}.")
         height, width = dataset.images.shape[1:3]
         if image_size is not None and (height, width) != (image_size, image_size):
             raise UsageError(
