@@ -194,6 +194,19 @@ def test_what_regularizers_keep_is_carried(tmp_path: Path, monkeypatch: pytest.M
     assert seen == list(range(1, 8))
 
 
+def test_from_before_there_could_be_several_processes(tmp_path: Path) -> None:
+    path = tmp_path / CHECKPOINT
+    train(dataset(), replace(TINY, epochs=1), tmp_path)
+    content = torch.load(path, weights_only=True)
+    (own,) = content.pop("processes")
+    torch.save(content | own, path)
+    (found,) = checkpoint.load(path).processes
+    assert torch.equal(found.random_state, own["random_state"])
+    del own["state"], own["cuda_random_state"]
+    torch.save(content | own, path)
+    assert checkpoint.load(path).processes[0].state == {}
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     for content in ({"epoch": 1}, [1], {"processes": 3}):
         torch.save(content, tmp_path / CHECKPOINT)

@@ -64,6 +64,9 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if "processes" not in content:  # from before there could be several
+            own = ProcessState.__dataclass_fields__.keys() & content.keys()
+            content["processes"] = [{name: content.pop(name) for name in own}]
         processes = [ProcessState(**process) for process in content.pop("processes")]
         return Checkpoint(**content, processes=processes)
     except FileNotFoundError as error:
