@@ -72,6 +72,14 @@ class TestTraining:
         state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
         assert (state.epoch, state.step) == (5, 0)
 
+    def test_a_run_in_the_working_folder_has_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "mine").mkdir()
+        monkeypatch.chdir(tmp_path / "mine")
+        train(dataset(), replace(TINY, epochs=1), Path())
+        assert "<h1>mine</h1>" in Path("curves.html").read_text()
+
     def test_the_seed_decides(self, tmp_path: Path) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             torch.manual_seed(len(name))  # the caller's random state has no say

@@ -164,7 +164,7 @@ def train(
                 run.restore(checkpoint.load(run.path))
             metrics = [line for line in read_metrics(out) if line.get("epoch", math.inf) <= run.epoch]
         _write_curves(out, config, metrics)
-        with Progress(run.total - run.done, f"train {out.name}") as progress:
+        with Progress(run.total - run.done, f"train {out.resolve().name}") as progress:
             while run.epoch < settings.epochs:
                 metrics.append(run.finish_epoch(progress, stop, checkpoint_seconds))
                 _write_metrics(out, metrics)
@@ -636,4 +636,4 @@ def _write_metrics(out: Path, metrics: Sequence[Metrics]) -> None:
 def _write_curves(out: Path, config: Mapping[str, Any], metrics: Sequence[Metrics]) -> None:
     with distributed.together():
         if distributed.rank() == 0:
-            files.write_text(out / curves.CURVES, curves.page(out.name, config, metrics))
+            files.write_text(out / curves.CURVES, curves.page(out.resolve().name, config, metrics))
