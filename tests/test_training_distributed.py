@@ -214,7 +214,9 @@ class TestOneForAll:
         assert "weights differ" in str(fails(weights_apart))
 
     def test_a_nan_of_one_stops_all_and_keeps_the_checkpoint(self, tmp_path: Path) -> None:
-        assert "not finite at epoch 2, step 3 (loss nan" in str(fails(one_is_unlucky, tmp_path))
+        message = str(fails(one_is_unlucky, tmp_path))
+        assert "not finite at epoch 2, step 3 (loss nan" in message
+        assert message.endswith("The last good checkpoint is kept; give another --out.")
         state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
         assert (state.epoch, state.step) == (1, 0)
         assert all(torch.isfinite(value).all() for value in state.model.values())

@@ -265,8 +265,8 @@ class Run:
             if not torch.isfinite(value).all():
                 raise distributed.alike(
                     TrainingError(
-                        f"{name} is not finite before epoch {self.epoch + 1}, step {self.step + 1}. Lower "
-                        f"--learning-rate. {self._kept()}"
+                        f"{name} is not finite before epoch {self.epoch + 1}, step {self.step + 1}. "
+                        f"Lower --learning-rate. {self._what_is_left()}"
                     )
                 )
         distributed.check_identical(self.model)
@@ -289,9 +289,10 @@ class Run:
             if distributed.rank() == 0:
                 checkpoint.save(saved, self.path)
 
-    def _kept(self) -> str:
+    def _what_is_left(self) -> str:
+        """What a run that failed leaves; with other settings it cannot go on."""
         if self.path.exists():
-            return "The last good checkpoint is kept."
+            return "The last good checkpoint is kept; give another --out."
         return "There is no checkpoint yet: start anew."
 
     def finish_epoch(
@@ -361,7 +362,7 @@ class Run:
             raise distributed.alike(
                 TrainingError(
                     f"the loss is not finite at epoch {self.epoch + 1}, step {self.step + 1} ({found}). "
-                    f"Lower --learning-rate or a regularizer's weight. {self._kept()}"
+                    f"Lower --learning-rate or a regularizer's weight. {self._what_is_left()}"
                 )
             )
         for group in self.optimizer.param_groups:
