@@ -181,8 +181,10 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
         raise DataError(f"{path}: no such file.") from error
     # TypeError: the file is one bare array; RuntimeError: it is encrypted, or packed as numpy never does.
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's advice for arrays of Python objects is to trust them.
+        reason = "" if "pickle" in str(error) else f" ({error})"
         raise DataError(
-            f"{path}: not a sound .npz file of plain arrays ({error}). Expected {FORMAT}."
+            f"{path}: not a sound .npz file of plain arrays{reason}. Expected {FORMAT}."
         ) from error
     if images.ndim == 3:  # grey images without the channel axis, as Keras stores MNIST
         images = images[..., np.newaxis]

@@ -183,6 +183,27 @@ class TestAccumulation:
         state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
         assert (state.epoch, state.step) == (1, 0)
 
+    def test_float32_is_float32(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[bool] = []
+        step = Run.one_step
+
+        def looked_at(run: Run, learning_rate: float) -> dict[str, float]:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return step(run, learning_rate)
+
+        monkeypatch.setattr(Run, "one_step", looked_at)
+        for precision, allowed in (("float32", False), ("bf16", True)):
+            seen.clear()
+            train(dataset(), replace(TINY, epochs=1, precision=precision), tmp_path / precision)  # type: ignore[arg-type]
+            assert set(seen) == {allowed}
+        assert torch.backends.cudnn.allow_tf32
+
+    def test_hamming_without_relus_is_refused_before_the_run(self, tmp_path: Path) -> None:
+        settings = replace(TINY, architecture="plain", regularizers=("hamming:weight=1",))
+        with pytest.raises(UsageError, match="what goes into ReLUs, and this network has none"):
+            train(dataset(), settings, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
 
 class TestResume:
     @pytest.fixture

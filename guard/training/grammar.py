@@ -10,11 +10,11 @@ from inspect import Parameter, signature
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guard.errors import UsageError
 from guard.training import baselines, manifold, regularizers
-from guard.training.passes import Passes, RegularizedLoss
+from guard.training.passes import Passes, RegularizedLoss, relu_calls
 from guard.training.schedules import Ramp
 
 REGULARIZERS: dict[str, Callable[..., RegularizedLoss]] = {
@@ -127,6 +127,16 @@ def parse_all(texts: Sequence[str]) -> list[Regularizer]:
             f"{' and '.join(elsewhere)} each train on other points in place of the images: choose one."
         )
     return parsed
+
+
+def check_network(chosen: Sequence[Regularizer], model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raises `UsageError` where a regularizer asks for what the network, for images of `shape`, has not."""
+    for regularizer in chosen:
+        if regularizer.name in _READS_ACTIVATIONS and not relu_calls(model, shape):
+            raise UsageError(
+                f"{regularizer.name} compares what goes into ReLUs, and this network has none. Leave it out, "
+                "or choose another --arch."
+            )
 
 
 def regularized_loss(chosen: Sequence[Regularizer], passes: Passes) -> tuple[Tensor, dict[str, Tensor]]:

@@ -147,12 +147,14 @@ def train(
         config = _config(dataset, settings, batches, arguments or {})
     with (
         _random_state(settings.seed, device, deterministic=deterministic),
+        _no_tf32(settings.precision),
         worker_failures(),
         closing(batches),
         _stop_requests() as stop,
     ):
         with distributed.together():
             model = _network(config).to(device)
+            grammar.check_network(bound, model, batches.shape)
             if distributed.rank() == 0:
                 _open(out, config, resume=resume)
         model.to(memory_format=torch.channels_last)
@@ -523,6 +525,17 @@ def _random_state(seed: int, device: str, *, deterministic: bool) -> Iterator[No
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _no_tf32(precision: Precision) -> Iterator[None]:
+    """Inside, float32 convolutions on CUDA are that: TF32 would drown finite differences of a small step."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and precision != "float32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

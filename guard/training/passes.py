@@ -228,6 +228,20 @@ def compiled(model: nn.Module, *, backend: str = "inductor") -> Callable[[Tensor
     return compiled
 
 
+@torch.no_grad()
+def relu_calls(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """How many ReLUs one pass over an image of `shape` (C, H, W) calls; the model is left as it was."""
+    modes = {layer: layer.training for layer in model.modules()}
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    try:
+        with _Recorder() as recorder:
+            model.eval()(torch.zeros(1, *shape, device=device))
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+    return len(recorder.activations)
+
+
 def _output(logits: Tensor, labels: Tensor) -> Output:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return Output(logits, functional.cross_entropy(logits, labels, reduction="none"))
