@@ -232,7 +232,7 @@ class TestChoosing:
     def test_an_unknown_name_gets_likely_ones(self) -> None:
         with pytest.raises(UsageError, match=r"unknown preset 'lipgen-0.1-01'.*such as lipgen-0\.1-0\.1"):
             preset("lipgen-0.1-01")
-        with pytest.raises(UsageError, match=r"unknown preset '~': expected one\. guard train --presets"):
+        with pytest.raises(UsageError, match=r"unknown preset '~': expected one of guard train --presets\."):
             preset("~")
 
     def test_by_the_start_of_the_name(self) -> None:
@@ -310,6 +310,7 @@ class TestFlags:
     def test_digits_are_not_mirrored(self, asked: dict[str, Any]) -> None:
         assert not settings_of(asked, "--dataset", "mnist").mirror
         assert not settings_of(asked, "--dataset", "mnist", "--preset", "lip-allcnn-none").mirror
+        assert not settings_of(asked, "--dataset", "data/mnist.npz").mirror
         assert settings_of(asked, "--dataset", "mnist", "--mirror").mirror
 
     @pytest.mark.parametrize(

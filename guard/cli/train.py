@@ -284,7 +284,7 @@ def _settings(
     given["regularizers"] = tuple(arguments.regularizers) if arguments.regularizers else None
     if arguments.precision or not preset:
         given["precision"] = chosen_precision(arguments.precision or "auto", device)
-    if given["mirror"] is None and dataset in _NOT_MIRRORED:
+    if given["mirror"] is None and Path(dataset).stem in _NOT_MIRRORED:
         given["mirror"] = False
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 

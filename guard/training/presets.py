@@ -493,10 +493,8 @@ def preset(name: str) -> Preset:
     """The preset of that name; raises `UsageError`, with names like it, where there is none."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-        meant = f" such as {', '.join(close)}" if close else ""
-        raise UsageError(
-            f"unknown preset {name!r}: expected one{meant}. guard train --presets lists all of them."
-        )
+        meant = f", such as {', '.join(close)}" if close else ""
+        raise UsageError(f"unknown preset {name!r}: expected one of guard train --presets{meant}.")
     return PRESETS[name]
 
 
