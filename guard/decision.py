@@ -211,12 +211,13 @@ class Guard:
 
     def classify(self, images: Float32) -> list[Decision]:
         """Decides images (B, C, H, W) in [0, 1], B >= 0: one decision each, in order."""
-        if not len(images):
-            return []
-        measurement = self.detector.measure(
+        return list(self.decide(self.measure(images))) if len(images) else []
+
+    def measure(self, images: Float32) -> Measurement:
+        """Measures images (B, C, H, W) in [0, 1], B >= 1, with every row that could matter to a decision."""
+        return self.detector.measure(
             images, threshold=self._row_threshold(), row_bound=self.calibration.row_bound
         )
-        return list(self.decide(measurement))
 
     @property
     def needs_rows(self) -> bool:
@@ -267,6 +268,10 @@ class Guard:
             )
             yield decision
 
+    def ratios(self, measurement: Measurement) -> Float64:
+        """Largest score over its threshold (B,): at most 1 exactly where all tests pass; NaN stays."""
+        return _largest_ratio(self._tests(measurement))
+
     def _row_threshold(self) -> float | None:
         """The threshold of the Jacobian test, where one may need more than two rows."""
         if self.calibration.score == "jacobian":
@@ -288,8 +293,7 @@ class Guard:
         if self.calibration.score != "combined":
             ((values, _),) = tests.values()
             return values
-        ratios = [ratio(values, threshold) for values, threshold in tests.values()]
-        return np.asarray(np.max(ratios, axis=0), np.float64)
+        return _largest_ratio(tests)
 
     def _radii(self, measurement: Measurement, norm: NormName) -> list[tuple[Radius, Float64]]:
         """The kinds of radius there are for a norm, strongest first, each with the images' values (B,)."""
@@ -383,6 +387,10 @@ def ratio(scores: Float64, threshold: float) -> Float64:
         scores <= threshold, np.minimum(quotient, 1.0), np.maximum(quotient, np.nextafter(1, 2))
     )
     return np.where(np.isnan(scores), np.nan, quotient)
+
+
+def _largest_ratio(tests: dict[str, tuple[Float64, float]]) -> Float64:
+    return np.asarray(np.max([ratio(*test) for test in tests.values()], axis=0), np.float64)
 
 
 def two_digits(value: float) -> float:

@@ -1,0 +1,1 @@
+"""Attacks on a bundle and on its defence, and what they leave standing."""

@@ -1,0 +1,44 @@
+"""The one shape of all attacks, ours or a library's, white-box or not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from guard.attacks import Floats, Found, Labels, Norm
+from guard.bundle import ScoreName
+from guard.evaluation.target import Target
+
+Knowledge = Literal["gradients", "scores", "decisions", "another network", "nothing"]
+
+Run = Callable[[Target, Floats, Labels, "float | None", int], Found]
+"""`run(target, images, labels, budget, seed)`: images (B, C, H, W) in [0, 1] of true classes (B,).
+
+Attacked images stay in [0, 1] and, with a budget, within it. What is not broken keeps success False and
+distance inf. Deterministic by seed, and an image's fate should not hang on its neighbours in the batch more
+than the attack's own randomness does.
+"""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack by its name on the command line.
+
+    `norm` is what budgets and distances are measured in, None where the attack has a measure of its own (its
+    `unit`). `budgets` are those it is run at by default; None: it looks for the nearest adversarial image.
+    `aware` is the score of the detector it knows and evades, None for attacks on the classifier alone, which
+    succeed where the class is wrong; an aware attack succeeds where it is wrong and accepted. `passes` is
+    its greatest cost per image in forward passes, a gradient counted as two more. `needs` is the package of
+    the extra `attacks` that it takes. `source` is the paper and section its settings come from.
+    """
+
+    name: str
+    title: str
+    run: Run
+    norm: Norm | None
+    knowledge: Knowledge
+    passes: int
+    source: str
+    budgets: tuple[float, ...] | None = None
+    aware: ScoreName | None = None
+    needs: str | None = None
+    unit: str = "pixel values"
