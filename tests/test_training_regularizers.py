@@ -175,6 +175,24 @@ class TestAgainstAutograd:
         torch.testing.assert_close(weight_gradient(loss, model), weight_gradient(expected, model))
 
     @pytest.mark.parametrize(
+        "text", ["lipschitz:weight=1", "lipschitz:weight=1,h=0.01", "lipschitz-exact:weight=1"]
+    )
+    def test_lipschitz_gains_nothing_from_smaller_weights_before_batchnorm(self, text: str) -> None:
+        # Normalized by fixed statistics it would: shrunken, the network is flatter, until they catch up.
+        torch.manual_seed(4)
+        model = WithBatchNorm().double().train()
+        convolution, normalization = model.layers[0], model.layers[1]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(normalization, nn.BatchNorm2d)
+        normalization.eps = 1e-12
+        images, labels = batch(12, classes=3)
+        loss, _ = regularized_loss([parse(text)], Passes(model, images, labels))
+        (gradient,) = torch.autograd.grad(loss, convolution.weight)
+        weight = convolution.weight.detach()
+        assert gradient.norm() > 0.01
+        assert (gradient * weight).sum().abs() < 1e-6 * gradient.norm() * weight.norm()
+
+    @pytest.mark.parametrize(
         ("text", "order"),
         [
             ("tv-l2:eps=1,form=penalty,h={h}", 2),
@@ -345,7 +363,8 @@ class TestCombinations:
                 return super().forward(images)
 
         model = Counting(two_class_model()[0].weight.detach())
-        images, labels = batch()
+        images, labels = batch(12)
         texts = ("lipschitz:weight=1", "gradient-penalty-l2:weight=1", "gradient-penalty-l1:weight=1")
         regularized_loss([parse(text) for text in texts], Passes(model, images, labels))
-        assert calls == [6, 1, 6, 6]  # the images, the steepest one, one shift per penalty
+        # The images, the steepest one with its companions, one shift per penalty.
+        assert calls == [12, 8, 12, 12]

@@ -134,16 +134,17 @@ class Passes:
                 torch.cuda.set_rng_state(self._masks.cuda, cuda)
             yield
 
-    def as_served(self, points: Tensor, labels: Tensor) -> Output:
-        """A pass in inference mode and full precision, for points too few to be a batch of their own."""
-        modes = {layer: layer.training for layer in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.autocast(points.device.type, enabled=False):
-                logits = self.model(points)
-        finally:
-            for layer, mode in modes.items():
-                layer.training = mode
+    def over_few(self, points: Tensor, labels: Tensor) -> Output:
+        """A pass in full precision over few points (b, C, H, W) of any labels (b,), for second derivatives.
+
+        It normalizes by the statistics of these points, as all passes do, and leaves the running ones alone.
+        """
+        with (
+            _statistics(self.model, update=False),
+            self._same_masks(),
+            torch.autocast(points.device.type, enabled=False),
+        ):
+            logits = self.model(points)
         return _output(logits, labels)
 
     @property

@@ -16,6 +16,9 @@ from guard.training.passes import Passes, RegularizedLoss
 FULL_PRECISION_STEP = 0.01
 HALF_PRECISION_STEP = 0.1
 
+COMPANIONS = 7
+"""Images that the steepest one of a batch is normalized with (docs/decisions/0011)."""
+
 
 def image_norms(tensor: Tensor) -> Tensor:
     """l2 norm of every image: (B, ...) -> (B,)."""
@@ -72,8 +75,8 @@ def lipschitz(passes: Passes, *, weight: float, h: float | None = None) -> Regul
     """The Lipschitz constant seen in the batch: weight * max_i ||g_i||_2 (LIPGEN eq. 2.6, LIP 3.1).
 
     Only the image with the largest gradient counts. Its norm is differentiated exactly, by double
-    backpropagation through a pass over that image alone, in inference mode and full precision; with `h`, the
-    finite difference (L(x + h d) - L(x)) / h takes its place.
+    backpropagation through a pass in full precision over that image and the `COMPANIONS` next in the batch;
+    with `h`, the finite difference (L(x + h d) - L(x)) / h takes its place.
     """
     slope = _steepest(passes, h)
     return RegularizedLoss(weight * slope, terms={"lipschitz": slope.detach()})
@@ -171,17 +174,19 @@ def _steepest(passes: Passes, h: float | None) -> Tensor:
     Of several processes only the one that holds it contributes, times their number: gradients are averaged.
     """
     norms = image_norms(passes.gradient)
-    chosen = norms.argmax().view(1)
+    chosen = norms.argmax()
     factor = share_of_maximum(norms.max())
-    image, label = passes.images[chosen], passes.labels[chosen]
+    few = (chosen + torch.arange(min(1 + COMPANIONS, len(norms)), device=chosen.device)) % len(norms)
+    points, labels = passes.images[few].detach(), passes.labels[few]
     if h is not None:
-        ends = torch.cat([image, image + h * unit_direction(passes.gradient[chosen])])
-        losses = passes.as_served(ends, label.repeat(2)).losses
+        ahead = points.clone()
+        ahead[0] += h * unit_direction(passes.gradient[chosen].unsqueeze(0))[0]
+        losses = [passes.over_few(ends, labels).losses[0] for ends in (points, ahead)]
         return factor * (losses[1] - losses[0]) / h
-    point = image.detach().requires_grad_()
-    loss = passes.as_served(point, label).losses.sum()
-    (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
-    return factor * image_norms(gradient).squeeze(0)
+    points.requires_grad_()
+    loss = passes.over_few(points, labels).losses[0]
+    (gradient,) = torch.autograd.grad(loss, points, create_graph=True)
+    return factor * image_norms(gradient[:1]).squeeze(0)
 
 
 def _difference_step(passes: Passes, h: float | None) -> float:
