@@ -38,7 +38,8 @@ from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector
 from guard.training import checkpoint
-from guard.training.loop import Settings, chosen_precision, read_metrics, train, trained
+from guard.training.loop import chosen_precision, read_metrics, train, trained
+from guard.training.settings import Settings
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]

@@ -274,15 +274,10 @@ def _decode_whole(data: bytes) -> NDArray[np.float32]:
     """At its own size, in RGB."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-            if picture.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
-                width, height = height, width
+            width, height = uploads.upright_size(picture)
     except Exception:  # whatever a decoder trips over: the call below says what is wrong with these bytes
         height = width = 1
     return uploads.decode(data, (3, height, width))
-
-
-_ORIENTATION, _SIDEWAYS = 274, 5  # EXIF: from 5 on, the picture lies on its side
 
 
 def _size(shape: tuple[int, ...]) -> str:

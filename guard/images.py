@@ -49,7 +49,7 @@ _RESAMPLING = {
 }
 
 # EXIF orientation (TIFF 6.0, tag 274): what turns the stored picture upright.
-_ORIENTATION_TAG = 274
+_ORIENTATION_TAG, _SIDEWAYS = 274, 5  # from 5 on, the picture lies on its side
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -244,6 +244,13 @@ def _too_many_pixels(limits: Limits) -> ImageError:
 
 def _animated() -> ImageError:
     return ImageError("The image is animated; send a single picture.", code="animated_image", status=422)
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height once the picture is turned as its EXIF orientation says."""
+    width, height = picture.size
+    lies = picture.getexif().get(_ORIENTATION_TAG, 1) >= _SIDEWAYS
+    return (height, width) if lies else (width, height)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

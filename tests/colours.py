@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from guard.data import Dataset
 from guard.training import architectures
-from guard.training.loop import Settings
+from guard.training.settings import Settings
 
 TINY = Settings(
     architecture="tiny",

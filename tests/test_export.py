@@ -22,7 +22,8 @@ from guard.export import compare, export, to_onnx, train_command
 from guard.files import sha256
 from guard.training import architectures, checkpoint
 from guard.training.architectures import CompactResNet, PreActResNet18
-from guard.training.loop import Settings, read_config, read_metrics
+from guard.training.loop import read_config, read_metrics
+from guard.training.settings import Settings
 
 
 class Small(CompactResNet):

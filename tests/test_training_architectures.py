@@ -34,7 +34,8 @@ from guard.training.architectures import (
 )
 from guard.training.architectures.from_torchvision import names
 from guard.training.architectures.residual import BranchBlock
-from guard.training.loop import Settings, read_config
+from guard.training.loop import read_config
+from guard.training.settings import Settings
 from guard.wrap import wrap
 from tests.networks import Array
 
@@ -385,8 +386,9 @@ class TestNames:
 
     def test_torchvision_is_loaded_for_its_own_networks_only(self) -> None:
         code = (
-            "import sys\nfrom guard.training import loop\nloop.Settings(architecture='resnet34').check()\n"
-            "print('torchvision' in sys.modules)\nloop.Settings(architecture='resnet50').check()\n"
+            "import sys\nfrom guard.training.settings import Settings\n"
+            "Settings(architecture='resnet34').check()\n"
+            "print('torchvision' in sys.modules)\nSettings(architecture='resnet50').check()\n"
             "print('torchvision' in sys.modules)"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from guard.errors import UsageError
 from guard.training.architectures import build
-from guard.training.grammar import parse, regularized_loss
+from guard.training.grammar import check_network, parse, regularized_loss
 from guard.training.manifold import hamming, stability
 from guard.training.passes import Passes
 from tests.small_models import Linear, batch, margins, two_class_model
@@ -109,8 +109,8 @@ class TestHamming:
 
     def test_a_network_without_relus_is_refused(self) -> None:
         model, _ = two_class_model()
-        with pytest.raises(UsageError, match="has none"):
-            penalty("hamming:weight=1", model, *batch())
+        with pytest.raises(UsageError, match="hamming compares .* has none"):
+            check_network([parse("hamming:weight=1")], model, (3, 4, 4))
 
 
 class TestDense:

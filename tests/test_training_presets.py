@@ -14,8 +14,9 @@ import pytest
 from guard.cli import main
 from guard.errors import UsageError
 from guard.training import grammar, loop, presets, schedules
-from guard.training.loop import Settings, read_config
+from guard.training.loop import read_config
 from guard.training.presets import MEASURES, PRESETS, preset
+from guard.training.settings import Settings
 
 Captured = pytest.CaptureFixture[str]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from guard.cli.options import Subparsers, add_command, arguments_of, emit
 
 if TYPE_CHECKING:
-    from guard.training.loop import Settings
     from guard.training.presets import Preset
+    from guard.training.settings import Settings
 
 # Mirrored digits are not digits.
 _NOT_MIRRORED = frozenset({"mnist"})
@@ -277,7 +277,8 @@ def _settings(
     arguments: argparse.Namespace, preset: "Preset | None", dataset: str, device: str
 ) -> "Settings":
     """The flags that were given, else the preset's settings, else the general ones."""
-    from guard.training.loop import Settings, chosen_precision
+    from guard.training.loop import chosen_precision
+    from guard.training.settings import Settings
 
     base = preset.settings if preset else Settings()
     given = {name: getattr(arguments, name, None) for name in asdict(base)}

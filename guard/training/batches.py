@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
 from guard.training import augment, distributed, folders
 from guard.training.folders import ImageFiles
+from guard.training.settings import Settings
 
 EVALUATED = 500  # images per pass of an evaluation
 SAMPLED = 500  # images of a folder that its channels' statistics are taken from
@@ -43,25 +44,6 @@ Key = tuple[int, int]  # epoch, image number
 Item = tuple[Tensor, int] | DataError
 
 
-class Choices(Protocol):
-    """What decides the batches, of the settings of a run (`guard.training.loop.Settings`)."""
-
-    @property
-    def batch_size(self) -> int: ...  # noqa: D102
-    @property
-    def accumulate(self) -> int: ...  # noqa: D102
-    @property
-    def padding(self) -> int: ...  # noqa: D102
-    @property
-    def mirror(self) -> bool: ...  # noqa: D102
-    @property
-    def cutout(self) -> int: ...  # noqa: D102
-    @property
-    def held_out(self) -> int: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-
-
 class Batches(ABC):
     """The batches of a run: `steps` an epoch, of `size` images over all processes.
 
@@ -75,7 +57,7 @@ class Batches(ABC):
     held_out: Dataset | ImageFiles
     workers: int = 0
 
-    def __init__(self, labels: NDArray[np.int64], settings: Choices, device: str) -> None:
+    def __init__(self, labels: NDArray[np.int64], settings: Settings, device: str) -> None:
         order = np.arange(len(labels))
         if (np.diff(labels) >= 0).all():
             # Sorted by class, as folders are: the last images would all be of the last classes.
@@ -110,7 +92,7 @@ class Batches(ABC):
 class InMemory(Batches):
     """Images as one array, on the device where they take less than half of its free memory."""
 
-    def __init__(self, dataset: Dataset, settings: Choices, device: str) -> None:
+    def __init__(self, dataset: Dataset, settings: Settings, device: str) -> None:
         images, labels = checked(dataset)
         _check_classes(labels, dataset)
         if settings.padding >= min(images.shape[1:3]):
@@ -147,7 +129,7 @@ class InMemory(Batches):
 class Streamed(Batches):
     """Images decoded and changed by `workers` processes ahead of their steps, or with 0 by this one."""
 
-    def __init__(self, files: ImageFiles, settings: Choices, device: str, *, workers: int) -> None:
+    def __init__(self, files: ImageFiles, settings: Settings, device: str, *, workers: int) -> None:
         if files.resize is None and settings.padding >= min(files.shape[:2]):
             raise _shifted_too_far(settings.padding, files.shape[:2])
         super().__init__(files.labels, settings, device)
@@ -193,7 +175,7 @@ class Streamed(Batches):
             self._batches = None
 
 
-def prepare(dataset: Dataset | ImageFiles, settings: Choices, device: str, *, workers: int = 0) -> Batches:
+def prepare(dataset: Dataset | ImageFiles, settings: Settings, device: str, *, workers: int = 0) -> Batches:
     """The batches of a data set; raises `DataError` and `UsageError` for what cannot be trained on."""
     if isinstance(dataset, Dataset):
         batches = InMemory(dataset, settings, device)
@@ -302,7 +284,7 @@ def _shifted_too_far(padding: int, size: tuple[int, ...]) -> UsageError:
     )
 
 
-def _size(settings: Choices, kept: int) -> int:
+def _size(settings: Settings, kept: int) -> int:
     """Images in a batch over all processes: what all parts on all processes can share equally."""
     parts = distributed.world_size() * settings.accumulate
     size = min(settings.batch_size, kept)
@@ -324,7 +306,7 @@ def _sampled_statistics(files: ImageFiles, seed: int) -> tuple[list[float], list
 class _Order:
     """Which of `count` images are in which batch, and which of a batch are this process's."""
 
-    def __init__(self, count: int, settings: Choices) -> None:
+    def __init__(self, count: int, settings: Settings) -> None:
         self.count = count
         self.size = _size(settings, count)
         self.steps = count // self.size  # images left over sit out the epoch, other ones in each

@@ -31,8 +31,6 @@ LARGEST_SIZE = 4096
 # A folder of one's own may hold larger files than strangers may upload.
 LIMITS = uploads.Limits(bytes=256 * 2**20, pixels=80 * uploads.MEGAPIXEL, aspect=1000)
 
-_ORIENTATION, _SIDEWAYS = 274, 5  # EXIF: from 5 on, the picture lies on its side
-
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -83,9 +81,7 @@ def load(
             )
         return dataset
     folder = data.split_folder(path, split) or path
-    paths, labels, class_names = data.listing(folder)
-    if labels is None:
-        raise DataError(f"{folder}: has no labels. Put the images into one folder per class.")
+    paths, labels, class_names = _listing(folder)
     sizes = _sizes(paths, path.name)
     width, height = next(iter(sizes))
     resize = None
@@ -115,12 +111,18 @@ def test_split(source: str | Path, training: Dataset | ImageFiles) -> Dataset | 
     folder = data.split_folder(Path(source), "test")
     if folder is None:
         return None
-    paths, labels, class_names = data.listing(folder)
-    if labels is None:
-        raise DataError(f"{folder}: has no labels. Put the images into one folder per class.")
+    paths, labels, class_names = _listing(folder)
     _sizes(paths, folder.name)
     names = data.aligned_labels(training.name, labels, class_names, training.class_names)
     return replace(training, paths=tuple(paths), labels=names, digest=_digest(folder, paths))
+
+
+def _listing(folder: Path) -> tuple[list[Path], NDArray[np.int64], tuple[str, ...]]:
+    """As `data.listing`, with labels."""
+    paths, labels, class_names = data.listing(folder)
+    if labels is None:
+        raise DataError(f"{folder}: has no labels. Put the images into one folder per class.")
+    return paths, labels, class_names
 
 
 def evaluation_resize(size: int) -> int:
@@ -206,10 +208,8 @@ def _sizes(paths: Sequence[Path], name: str) -> set[tuple[int, int]]:
 def _size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP"]) as picture:
-            width, height = picture.size
             # Pillow would decode a whole PNG to find its orientation; hardly any has one.
-            tags = {} if picture.format == "PNG" else picture.getexif()
-            return (height, width) if tags.get(_ORIENTATION, 1) >= _SIDEWAYS else (width, height)
+            return picture.size if picture.format == "PNG" else uploads.upright_size(picture)
     except Exception as error:  # whatever a decoder trips over
         raise DataError(
             f"{path}: is no PNG, JPEG, WebP or BMP image, or is damaged. Replace or remove it."

@@ -10,7 +10,6 @@ import sys
 import torch
 from torch import Tensor
 
-from guard.errors import UsageError
 from guard.training.passes import Passes, RegularizedLoss
 
 EPS = 8 / 255
@@ -31,13 +30,10 @@ def hamming(passes: Passes, *, weight: float, alpha: float = 8.0, eps: float = E
     """How far the ReLUs' activation patterns at x + rho and x - rho lie apart, softened.
 
     With Delta = tanh(alpha z+) - tanh(alpha z-) over one layer's pre-activations of the batch, m numbers, the
-    term is weight * mean over layers of ||Delta||_2 / (2 m) (MANIFOLD 5.4, its words taken literally).
-
-    Raises `UsageError` for a network without ReLUs.
+    term is weight * mean over layers of ||Delta||_2 / (2 m) (MANIFOLD 5.4, its words taken literally). The
+    network must have ReLUs: `grammar.check_network` sees to it.
     """
     plus, minus, _ = passes.pair(eps)
-    if not plus.activations:
-        raise UsageError("hamming compares what goes into ReLUs, and this network has none: leave it out.")
     layers = [
         _soft_difference(above, below, alpha)
         for above, below in zip(plus.activations, minus.activations, strict=True)

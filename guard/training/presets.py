@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from guard.errors import UsageError
-from guard.training.loop import Settings
+from guard.training.settings import Settings
 
 _WIDTH = 80
 
@@ -94,23 +94,22 @@ def _figures(source: str, measures: str, values: str) -> tuple[Figure, ...]:
     return tuple(found)
 
 
+# What all of them share, and what they leave open: 0.9 is the usual momentum.
+_COMMON = Settings(
+    batch_size=128,
+    learning_rate=0.1,
+    warmup=0.0,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=5e-4,
+    padding=4,
+    mirror=True,
+    cutout=0,
+)
+
 # LIP A. Its eps and multiplier are 0.01 and 0.1 where LIPGEN's Table 2 repeats its rows; the weight decay is
 # illegible, and here that of the work that cutout comes from.
-_LIP = {
-    "cifar10": Settings(
-        epochs=200,
-        batch_size=128,
-        learning_rate=0.1,
-        schedule="fifths",
-        warmup=0.0,
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=5e-4,
-        padding=4,
-        mirror=True,
-        cutout=16,
-    ),
-}
+_LIP = {"cifar10": replace(_COMMON, epochs=200, schedule="fifths", cutout=16)}
 _LIP["cifar100"] = replace(_LIP["cifar10"], epochs=300, schedule="tenths", cutout=8)
 
 # FGSM moves by eps in l2 as well (LIP A), so every pixel by eps / sqrt(3 * 32 * 32).
@@ -250,23 +249,19 @@ _SCALE = replace(_LIP["cifar10"], architecture="resnext34-2x32", schedule="step"
 
 # ImageNet was trained by the code of a speed contest, on growing images. Here they keep one size (that of the
 # folder), and the rest is the usual for ResNet-50, in about the contest's epochs.
-_IMAGENET = Settings(
+_IMAGENET = replace(
+    _COMMON,
     architecture="torchvision:resnet50",
     epochs=30,
     batch_size=256,
-    learning_rate=0.1,
     schedule="one-cycle",
     warmup=0.2,
-    momentum=0.9,
-    nesterov=False,
     weight_decay=1e-4,
     padding=28,
-    mirror=True,
-    cutout=0,
 )
 
 # Name's ending, regularizer, epochs. Seven steps a quarter of eps long are Madry's at 8/255, taken over for
-# 2/255; training "for free" spends 200 passes over the data.
+# 2/255.
 _SCALE_ROWS = (
     ("undefended", "none", 200),
     ("adversarial-2", "adversarial-linf:eps=2/255,steps=7,step=1/510", 200),
@@ -389,20 +384,7 @@ def _scale() -> Iterable[Preset]:
 
 # HAMMING A and MANIFOLD B, which say the same. They leave momentum and augmentation open; both are those of
 # the work that the learning rate comes from (0.9; crops and mirror images on CIFAR-10, neither on MNIST).
-_HAMMING = Settings(
-    architecture="preactresnet18",
-    epochs=100,
-    batch_size=128,
-    learning_rate=0.1,
-    schedule="three-slopes",
-    warmup=0.0,
-    momentum=0.9,
-    nesterov=False,
-    weight_decay=5e-4,
-    padding=4,
-    mirror=True,
-    cutout=0,
-)
+_HAMMING = replace(_COMMON, architecture="preactresnet18", epochs=100, schedule="three-slopes")
 _MNIST = replace(_HAMMING, architecture="cw-cnn", padding=0, mirror=False)
 
 
