@@ -109,8 +109,8 @@ class TestHamming:
 
     def test_a_network_without_relus_is_refused(self) -> None:
         model, _ = two_class_model()
-        with pytest.raises(UsageError, match="hamming compares .* has none"):
-            check_network([parse("hamming:weight=1")], model, (3, 4, 4))
+        with pytest.raises(UsageError, match=r"hamming compares .* has none"):
+            check_network([parse("hamming:weight=1")], model.float(), (3, 4, 4))
 
 
 class TestDense:
