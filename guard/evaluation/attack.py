@@ -42,3 +42,10 @@ class Attack:
     aware: ScoreName | None = None
     needs: str | None = None
     unit: str = "pixel values"
+
+
+def bound(budget: float | None) -> float:
+    """The budget of an attack that cannot go without; raises `ValueError` where there is none, or below 0."""
+    if budget is None or not budget >= 0:
+        raise ValueError(f"budget is {budget}; expected a number of at least 0")
+    return budget
