@@ -32,7 +32,7 @@ LAYERS = (
     ("adapt", "attacks", "runtime"),
     ("decision", "fitting", "wrap"),
     ("calibration", "offline", "tables", "training", "worker"),
-    ("export", "routes"),
+    ("evaluation", "export", "routes"),
     ("service",),
     ("cli",),
     ("__main__",),
@@ -43,7 +43,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "torch": {"training", "export", "cli.train"},
     "torchvision": {"training", "export"},
-    "scipy": {"extremes", "calibration", "fitting", "statistics"},
+    "scipy": {"evaluation", "extremes", "calibration", "fitting", "statistics"},
     "bentoml": {"service", "routes", "worker"},
 }
 

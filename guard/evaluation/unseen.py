@@ -31,6 +31,8 @@ at them (B, C, H, W) back to one in `shift` (B, ...)."""
 
 LATTICE = (16, 32, 32)
 """Nodes of the colour lattice along lightness and the two axes of colour, as ReColorAdv has them."""
+STEPS = 100
+TINY = 1e-6
 
 
 def ascend(
@@ -42,7 +44,7 @@ def ascend(
     *,
     transform: Transform,
     rate: float,
-    steps: int = 100,
+    steps: int = STEPS,
     smoothness: float = 0.0,
     memory: tuple[float, float] = (0.9, 0.999),
 ) -> Found:
@@ -90,9 +92,9 @@ def roughness(field: Floats) -> tuple[Doubles, Floats]:
     for axis in range(1, field.ndim - 1):
         difference = np.diff(field, axis=axis)
         # The constant keeps the gradient finite where neighbours agree.
-        size = np.sqrt((difference**2).sum(axis=-1, keepdims=True) + 1e-10)
+        size = np.sqrt(np.einsum("...d,...d->...", difference, difference) + 1e-10)
         total += 2 * size.reshape(len(field), -1).sum(axis=1, dtype=np.float64)
-        pull = 2 * difference / size
+        pull = difference * (2 / size)[..., None]
         before, after = [slice(None)] * field.ndim, [slice(None)] * field.ndim
         before[axis], after[axis] = slice(None, -1), slice(1, None)
         gradient[tuple(before)] -= pull
@@ -297,55 +299,54 @@ def quantization() -> tuple[Doubles, Doubles]:
 
 
 def spatial_flow(
-    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = 100
+    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
 ) -> Found:
     """A smooth displacement of pixels by at most `budget` half sides, each way. No randomness."""
-    start = np.zeros((len(images), *images.shape[2:], 2), np.float32)
+    eps = bound(budget)
     return ascend(
         target.model,
         images,
         labels,
-        start,
-        bound(budget),
+        np.zeros((len(images), *images.shape[2:], 2), np.float32),
+        eps,
         transform=flow,
-        rate=0.01,
+        rate=eps / 5,
         steps=steps,
-        smoothness=0.05,
+        smoothness=0.0025 / max(eps, TINY),
     )
 
 
 def recoloring(
-    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = 100
+    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
 ) -> Found:
     """One smooth map of all colours by at most `budget` of each axis of CIELUV. No randomness."""
-    channels = _channels(images, "recolor")
-    start = np.zeros((len(images), *LATTICE[:channels], channels), np.float32)
+    channels, eps = _channels(images, "recolor"), bound(budget)
     return ascend(
         target.model,
         images,
         labels,
-        start,
-        bound(budget),
+        np.zeros((len(images), *LATTICE[:channels], channels), np.float32),
+        eps,
         transform=recolor,
-        rate=0.001,
+        rate=eps / 60,
         steps=steps,
-        smoothness=0.06,
+        smoothness=0.0036 / max(eps, TINY),
     )
 
 
 def jpeg_coefficients(
-    target: Target, images: Floats, labels: Labels, budget: float | None, seed: int, *, steps: int = 100
+    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
 ) -> Found:
-    """JPEG coefficients displaced by at most `budget` quantization steps, from a random start."""
+    """JPEG coefficients displaced by at most `budget` quantization steps, along signs of the gradient. No
+    randomness.
+    """
     _channels(images, "jpeg")
     eps = bound(budget)
-    generator = np.random.default_rng(seed)
-    start = generator.uniform(-eps, eps, (len(images), coefficients(images.shape[1:]))).astype(np.float32)
     return ascend(
         target.model,
         images,
         labels,
-        start,
+        np.zeros((len(images), coefficients(images.shape[1:])), np.float32),
         eps,
         transform=jpeg,
         rate=eps / np.sqrt(steps),
@@ -364,13 +365,12 @@ def _channels(images: Floats, name: str) -> int:
     return channels
 
 
-STEPS = 100
 _attack: Callable[..., Attack] = partial(Attack, norm=None, knowledge="gradients", passes=3 * (STEPS + 1))
 ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="spatial-flow",
         title="Spatial flow",
-        run=partial(spatial_flow, steps=STEPS),
+        run=spatial_flow,
         budgets=(0.05,),
         unit="half image sides",
         source="HAMMING, Table 1 (Spatial); Xiao et al. 2018, section 3; bound of Laidlaw et al. 2021",
@@ -378,7 +378,7 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="recolor",
         title="Recolor",
-        run=partial(recoloring, steps=STEPS),
+        run=recoloring,
         budgets=(0.06,),
         unit="of each CIELUV axis",
         source="HAMMING, Table 1 (ReColor); Laidlaw & Feizi 2019, section 4",
@@ -386,8 +386,8 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="jpeg",
         title="JPEG coefficients",
-        run=partial(jpeg_coefficients, steps=STEPS),
-        budgets=(0.25,),
+        run=jpeg_coefficients,
+        budgets=(0.125,),
         unit="quantization steps",
         source="HAMMING, Table 1 (JPEG); Kang et al. 2019, section 3; bound of Laidlaw et al. 2021",
     ),
