@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard.attacks import Floats, Labels
+from guard.attacks import Floats, Found, Labels
 from guard.errors import DataError
 from guard.evaluation import unseen
 from guard.evaluation.attack import Attack
@@ -89,12 +89,12 @@ def test_no_shift_changes_nothing(name: str, shape: tuple[int, int, int]) -> Non
 
 @pytest.mark.parametrize("attack", unseen.ATTACKS, ids=lambda attack: attack.name)
 def test_budget_zero_finds_only_what_is_wrong_already(attack: Attack) -> None:
-    target, images = a_target(), networks.images(3, (3, 16, 16))
+    target, images = a_target(), networks.images(2, (3, 16, 16))
     labels = target.model.logits(images).argmax(axis=1)
-    labels[2] = (labels[2] + 1) % 10
+    labels[1] = (labels[1] + 1) % 10
     found = attack.run(target, images, labels, 0.0, 0)
-    assert found.success.tolist() == [False, False, True]
-    assert found.distance.tolist() == [np.inf, np.inf, 0]
+    assert found.success.tolist() == [False, True]
+    assert found.distance.tolist() == [np.inf, 0]
     assert found.images == pytest.approx(images, abs=1e-6)
 
 
@@ -152,10 +152,9 @@ def test_flow_is_what_torch_samples() -> None:
     theirs = torch.nn.functional.grid_sample(
         torch.tensor(images), grid, mode="bilinear", padding_mode="border", align_corners=True
     )
-    theirs.backward(torch.tensor(cotangent))
+    (gradient,) = torch.autograd.grad(theirs, offset, torch.tensor(cotangent))
     assert moved == pytest.approx(theirs.detach().numpy(), abs=1e-5)
-    assert offset.grad is not None
-    assert pull_back(cotangent) == pytest.approx(offset.grad.numpy(), abs=1e-4)
+    assert pull_back(cotangent) == pytest.approx(gradient.numpy(), abs=1e-4)
 
 
 def test_flow_moves_a_dot_away_from_the_pixel_that_is_looked_at() -> None:
@@ -303,15 +302,16 @@ def test_smoothness_makes_the_flow_smoother() -> None:
     assert rough[1] < 0.5 * rough[0]
 
 
-@pytest.mark.parametrize("attack", unseen.ATTACKS, ids=lambda attack: attack.name)
-def test_an_image_fares_alike_alone_and_in_company(attack: Attack) -> None:
+@pytest.mark.parametrize("run", [unseen.spatial_flow, unseen.recoloring, unseen.jpeg_coefficients])
+def test_an_image_fares_alike_alone_and_in_company(run: Callable[..., Found]) -> None:
     target, images = a_target(), networks.images(3, (3, 16, 16))
     labels = target.model.logits(images).argmax(axis=1)
-    assert attack.budgets is not None
-    together = attack.run(target, images, labels, attack.budgets[0], 0)
-    again = attack.run(target, images, labels, attack.budgets[0], 0)
-    alone = attack.run(target, images[2:3], labels[2:3], attack.budgets[0], 0)
+    together = run(target, images, labels, 0.05, 0, steps=10)
+    again = run(target, images, labels, 0.05, 0, steps=10)
+    alone = run(target, images[2:3], labels[2:3], 0.05, 0, steps=10)
+    assert not np.array_equal(together.images, images)
     assert np.array_equal(together.images, again.images)
+    assert run(target, images[:0], labels[:0], 0.05, 0).images.shape == (0, 3, 16, 16)
     assert together.success[2:3] == alone.success
     assert together.images[2:3] == pytest.approx(alone.images, abs=1e-3)
 

@@ -62,13 +62,15 @@ def ascend(
     shift = np.clip(start, -eps, eps)
     mean, square = np.zeros_like(shift), np.zeros_like(shift)
     for step in range(steps + 1):
+        if not len(rows):
+            break
         attacked, pull_back = transform(images[rows], shift)
         logits, values, gradient = model.loss_gradient(attacked, labels[rows], "margin")
         wrong = logits.argmax(axis=1) != labels[rows]
         better = wrong | (values > highest[rows])
         best[rows[better]], highest[rows[better]] = attacked[better], values[better]
         distance[rows[wrong]] = np.abs(shift[wrong]).max(axis=tuple(range(1, shift.ndim)))
-        if wrong.all() or step == steps:
+        if step == steps:
             break
         uphill = pull_back(gradient)
         if smoothness:
