@@ -22,6 +22,9 @@ Labels = NDArray[np.int64]
 
 TINY = 1e-30
 
+FORWARD, GRADIENT = 1, 3
+"""Cost per image of logits and of a gradient, in forward passes: a backward pass takes about two."""
+
 
 class Differentiable(Protocol):
     """What attacks need of a model; `guard.runtime.Detector` is one."""
@@ -41,11 +44,16 @@ class Differentiable(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """Attacked images (B, C, H, W), the attacks' success (B,) and how far they went (B,; inf: failed)."""
+    """Attacked images (B, C, H, W), the attacks' success (B,) and how far they went (B,; inf: failed).
+
+    `passes` (B,), where it was counted, is the cost of each image in forward passes until the attack first
+    succeeded, and all it spent where it failed.
+    """
 
     images: Floats
     success: NDArray[np.bool_]
     distance: NDArray[np.float64]
+    passes: NDArray[np.int64] | None = None
 
 
 def column(values: NDArray[np.float64] | Floats) -> Floats:
@@ -108,22 +116,25 @@ def pgd(
     steps: int = 20,
     restarts: int = 2,
     loss: Loss = "margin",
+    rate: float | None = None,
     clip: bool = False,
     stop: bool = True,
     seed: int = 0,
 ) -> Found:
     """Projected gradient ascent on the loss inside the ball of radius eps (a number, or one per image).
 
-    The first restart starts at the image, later ones at random points of the ball. Steps fall linearly from
-    eps to eps / 10. With `stop`, an image is left alone at its first flip; without, ascent goes on and the
-    image with the largest loss is kept: the high-confidence attack of a fixed budget. `distance` is the norm
-    of what was found. Source: Madry et al. 2018; SCALE and LIPGEN use 20 steps.
+    The first restart starts at the image, later ones at random points on the edge of the ball. Steps fall
+    linearly from eps to eps / 10, or are all of length `rate` * eps. With `stop`, an image is left alone at
+    its first flip; without, ascent goes on and the image with the largest loss is kept: the high-confidence
+    attack of a fixed budget. `distance` is the norm of what was found. Source: Madry et al. 2018; SCALE and
+    LIPGEN use 20 steps.
     """
     budget = np.broadcast_to(np.asarray(eps, dtype=np.float64), (len(images),)).copy()
     generator = np.random.default_rng(seed)
     best = images.copy()
     best_loss = np.full(len(images), -np.inf)
     success = np.zeros(len(images), dtype=np.bool_)
+    passes = np.zeros(len(images), dtype=np.int64)
     open_ = budget > 0
 
     def keep(rows: NDArray[np.intp], points: Floats, logits: Floats, values: Floats) -> None:
@@ -132,6 +143,7 @@ def pgd(
         better = (flipped & ~success[rows]) | ((flipped == success[rows]) & (values > best_loss[rows]))
         best[rows[better]] = points[better]
         best_loss[rows[better]] = values[better]
+        passes[rows[~success[rows]]] += GRADIENT
         success[rows] |= flipped
         if stop:
             open_[rows[flipped]] = False
@@ -153,12 +165,12 @@ def pgd(
             logits, values, gradient = model.loss_gradient(points, labels[rows], loss)
             keep(rows, points, logits, values)
             if step < steps:
-                rate = _rate(budget[rows], step, steps)
+                far = _rate(budget[rows], step, steps) if rate is None else rate * budget[rows]
                 shift = project(
-                    points - images[rows] + column(rate) * steepest(gradient, norm), budget[rows], norm
+                    points - images[rows] + column(far) * steepest(gradient, norm), budget[rows], norm
                 )
     moved = length(best - images, norm)
-    return Found(best, success, np.where(success, moved, np.inf))
+    return Found(best, success, np.where(success, moved, np.inf), passes)
 
 
 def minimum_norm(
@@ -182,6 +194,7 @@ def minimum_norm(
     count = len(images)
     best = images.copy()
     distance = np.full(count, np.inf)
+    passes = np.zeros(count, dtype=np.int64)
     shift = np.zeros_like(images)
     eps = np.zeros(count)
     open_ = np.ones(count, dtype=np.bool_)
@@ -196,6 +209,7 @@ def minimum_norm(
         logits, values, gradient = model.loss_gradient(points, labels[rows], "margin")
         flipped = logits.argmax(axis=1) != labels[rows]
         reach = length(moved, norm)
+        passes[rows[~np.isfinite(distance[rows])]] += GRADIENT
         nearer = flipped & (reach < distance[rows])
         best[rows[nearer]] = points[nearer]
         distance[rows[nearer]] = reach[nearer]
@@ -218,8 +232,25 @@ def minimum_norm(
         )
         rate = eps[rows] * np.maximum(decay, 0.05)
         shift[rows] = project(moved + column(rate) * steepest(gradient, norm), eps[rows], norm)
+    best = onto_boundary(model, images, best, labels, np.isfinite(distance) & (distance > 0), bisections)
     success = np.isfinite(distance)
-    rows = np.flatnonzero(success & (distance > 0))
+    distance[success] = length(best - images, norm)[success]
+    return Found(best, success, distance, passes)
+
+
+def onto_boundary(
+    model: Differentiable,
+    images: Floats,
+    adversarial: Floats,
+    labels: Labels,
+    where: NDArray[np.bool_],
+    bisections: int = 8,
+) -> Floats:
+    """The adversarial images (B, C, H, W), those of `where` (B,) moved back towards their images as far as a
+    bisection of the straight segment between them finds the prediction still another than the label.
+    """
+    best = adversarial.copy()
+    rows = np.flatnonzero(where)
     low, high = np.zeros(len(rows)), np.ones(len(rows))
     for _ in range(bisections if len(rows) else 0):
         middle = (low + high) / 2
@@ -227,8 +258,7 @@ def minimum_norm(
         flipped = model.logits(points).argmax(axis=1) != labels[rows]
         high, low = np.where(flipped, middle, high), np.where(flipped, low, middle)
     best[rows] = images[rows] + column(high) * (best[rows] - images[rows])
-    distance[rows] = length(best[rows] - images[rows], norm)
-    return Found(best, success, distance)
+    return best
 
 
 @dataclass(frozen=True)
