@@ -129,11 +129,11 @@ def _ascend(
 
 def checkpoints(steps: int) -> frozenset[int]:
     """The steps after which step lengths are reconsidered: 22% of all, then ever closer, by 3% to 6%."""
-    last, place = 0.0, 0.22
+    last, percent = 0, 22
     found = []
-    while place <= 1:
-        found.append(math.ceil(place * steps))
-        last, place = place, place + max(place - last - 0.03, 0.06)
+    while percent <= 100:
+        found.append(math.ceil(percent * steps / 100))
+        last, percent = percent, percent + max(percent - last - 3, 6)
     return frozenset(found)
 
 

@@ -29,7 +29,7 @@ from guard.evaluation.attack import Attack, Run
 from guard.evaluation.best import Best
 from guard.evaluation.carlini_wagner import carlini_wagner
 from guard.evaluation.deepfool import deepfool
-from guard.evaluation.log_barrier import log_barrier
+from guard.evaluation.log_barrier import NOISES, log_barrier
 from guard.evaluation.target import Classifier, Target
 
 BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
@@ -350,7 +350,7 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
             "logbarrier",
             "LogBarrier",
             partial(_run_seeded, log_barrier, norm=norm, outer=15, inner=20, backtracks=5),
-            51 * FORWARD + 15 * 20 * (GRADIENT + 6 * FORWARD),
+            (1 + NOISES) * FORWARD + 15 * 20 * (GRADIENT + 6 * FORWARD),
             "Finlay, Pooladian & Oberman 2019; SCALE 4",
             None,
         ),

@@ -24,6 +24,9 @@ from guard.evaluation.target import Classifier
 SHRINK = 0.75
 """Factor of the barrier's weight from one outer loop to the next (the authors' beta)."""
 
+NOISES = 100
+"""Noises tried to find a wrong image to start from; half of them are of standard deviation 1."""
+
 
 def log_barrier(
     model: Classifier,
@@ -70,17 +73,18 @@ def log_barrier(
 
 def _start(model: Classifier, images: Floats, labels: Labels, best: Best, seed: int) -> Floats:
     """Images with the least noise that changes their class; untouched where none does."""
-    generator = np.random.default_rng(seed)
+    generators = [np.random.default_rng([seed, number]) for number in range(len(images))]
     found = images.copy()
-    rows, loudness = np.arange(len(images)), 0.0
-    while len(rows) and loudness <= 1:
-        noise = generator.standard_normal(images.shape, dtype=np.float32)[rows]
-        points = np.clip(images[rows] + np.float32(loudness) * noise, 0.0, 1.0)
+    rows = np.arange(len(images))
+    for loudness in (0.0, *np.minimum(1.0, 0.01 * 1.1 ** np.arange(NOISES))):
+        noise = [generators[row].standard_normal(images.shape[1:], dtype=np.float32) for row in rows]
+        points = np.clip(images[rows] + np.float32(loudness) * np.stack(noise), 0.0, 1.0)
         wrong = model.logits(points).argmax(axis=1) != labels[rows]
         best.offer(rows, points, wrong, FORWARD)
         found[rows[wrong]] = points[wrong]
         rows = rows[~wrong]
-        loudness = max(0.01, 1.1 * loudness)
+        if not len(rows):
+            break
     return found
 
 
