@@ -36,6 +36,7 @@ TOLERANCE = {
     "deepfool-l2": 0.021,  # it goes too far by 2% on purpose
     "deepfool-linf": 0.021,
     "cw-l2": 0.005,
+    "cw-quick-l2": 0.2,
     "logbarrier-l2": 0.15,
     "logbarrier-linf": 0.15,
 }

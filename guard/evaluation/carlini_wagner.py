@@ -18,7 +18,7 @@ def carlini_wagner(
     labels: Labels,
     *,
     steps: int = 200,
-    searches: int = 6,
+    searches: int = 5,
     rate: float = 0.01,
     constant: float = 0.1,
     confidence: float = 0.0,

@@ -357,14 +357,15 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
     )
 
 
-CARLINI_WAGNER = Attack(
-    "cw-l2",
-    "Carlini-Wagner",
-    partial(_run, carlini_wagner, steps=200, searches=6),
-    "l2",
-    "gradients",
-    FORWARD + 6 * 200 * GRADIENT,
-    "Carlini & Wagner 2017, V-B",
-)
+def _carlini_wagner(name: str, title: str, *, searches: int, steps: int, rate: float) -> Attack:
+    run = partial(_run, carlini_wagner, searches=searches, steps=steps, rate=rate)
+    passes = FORWARD + searches * steps * GRADIENT
+    return Attack(name, title, run, "l2", "gradients", passes, "Carlini & Wagner 2017, V-B")
 
-ATTACKS: tuple[Attack, ...] = (*_attacks("l2"), *_attacks("linf"), CARLINI_WAGNER)
+
+ATTACKS: tuple[Attack, ...] = (
+    *_attacks("l2"),
+    *_attacks("linf"),
+    _carlini_wagner("cw-l2", "Carlini-Wagner", searches=5, steps=200, rate=0.01),
+    _carlini_wagner("cw-quick-l2", "Carlini-Wagner, short", searches=4, steps=50, rate=0.02),
+)
