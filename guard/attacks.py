@@ -22,6 +22,9 @@ Labels = NDArray[np.int64]
 
 TINY = 1e-30
 
+BISECTIONS = 8
+"""Of the way back from an adversarial image to the boundary."""
+
 FORWARD, GRADIENT = 1, 3
 """Cost per image of logits and of a gradient, in forward passes: a backward pass takes about two."""
 
@@ -180,7 +183,7 @@ def minimum_norm(
     *,
     norm: Norm,
     steps: int = 40,
-    bisections: int = 8,
+    bisections: int = BISECTIONS,
     clip: bool = False,
 ) -> Found:
     """The nearest point with another prediction that gradient ascent finds, just past the boundary.
@@ -244,7 +247,7 @@ def onto_boundary(
     adversarial: Floats,
     labels: Labels,
     where: NDArray[np.bool_],
-    bisections: int = 8,
+    bisections: int = BISECTIONS,
 ) -> Floats:
     """The adversarial images (B, C, H, W), those of `where` (B,) moved back towards their images as far as a
     bisection of the straight segment between them finds the prediction still another than the label.

@@ -31,14 +31,14 @@ QUICK = [attack for attack in ATTACKS if not attack.name.startswith("pgd-plus")]
 NEAREST = [attack for attack in QUICK if attack.budgets is None]
 AT_BUDGET = [attack for attack in QUICK if attack.budgets is not None]
 
-# How far from the optimum an attack may stay on a linear model, relatively; others 0.2%, which is bisection.
+# How far from the optimum an attack may stay on a linear model, relatively; others 0.4%, which is bisection.
 TOLERANCE = {
     "deepfool-l2": 0.021,  # it goes too far by 2% on purpose
     "deepfool-linf": 0.021,
     "cw-l2": 0.005,
-    "cw-quick-l2": 0.2,
-    "logbarrier-l2": 0.15,
-    "logbarrier-linf": 0.15,
+    "cw-quick-l2": 0.1,
+    "logbarrier-l2": 0.01,
+    "logbarrier-linf": 0.01,
 }
 # These follow one direction that several classes share: with more than two they need not be optimal.
 SHARED_DIRECTION = ("fgsm", "gradient", "ascent", "i-fgsm", "iterated-gradient")
@@ -65,10 +65,10 @@ class Counting:
         return self.model.vjp(images, cotangents)
 
 
-def linear(classes: int, seed: int = 0) -> tuple[Detector, NDArray[np.float64], Floats, Labels]:
+def linear(classes: int, scale: float = 10.0) -> tuple[Detector, NDArray[np.float64], Floats, Labels]:
     """A linear model with boundaries through the middle of the cube, its weight, and images near them."""
-    rng = np.random.default_rng(seed)
-    weight = (10 * rng.normal(size=(classes, PIXELS))).astype(np.float32)
+    rng = np.random.default_rng(0)
+    weight = (scale * rng.normal(size=(classes, PIXELS))).astype(np.float32)
     bias = -weight.sum(axis=1) / 2
     model = Detector(networks.linear(weight, bias, SHAPE), provider="cpu", threads=1)
     images = (0.3 + 0.4 * rng.random((40 * COUNT, *SHAPE))).astype(np.float32)
@@ -103,18 +103,19 @@ def names(attack: Attack) -> str:
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("attack", NEAREST, ids=names)
 def test_the_nearest_image_of_a_linear_model_is_found(attack: Attack, classes: int) -> None:
-    model, weight, images, labels = linear(classes)
+    # Carlini-Wagner's constant starts where distances times slopes are a network's, not at steep cliffs.
+    model, weight, images, labels = linear(classes, 2.0 if attack.name.startswith("cw") else 10.0)
     exact = optimum(model, weight, images, norm_of(attack))
     found = run(attack, model, images, labels)
     assert found.success.all()
     assert (model.logits(found.images).argmax(axis=1) != labels).all()
     assert (found.distance >= exact * (1 - 1e-3)).all()
-    tolerance = TOLERANCE.get(attack.name, 0.002)
+    tolerance = TOLERANCE.get(attack.name, 0.004)
     if classes == 2:
         assert (found.distance <= exact * (1 + tolerance)).all()
     elif not attack.name.startswith(SHARED_DIRECTION):
-        # Attacks on the runner-up may miss the nearest class where that is another.
-        assert np.median(found.distance / exact) < 1.1 + tolerance
+        # Attacks on the runner-up, or on the class that noise has found, may miss the nearest one.
+        assert np.median(found.distance / exact) < 1.2 + tolerance
 
 
 @pytest.mark.parametrize("classes", [2, 10])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from guard import attacks
 from guard.attacks import (
+    BISECTIONS,
     FORWARD,
     GRADIENT,
     Floats,
@@ -34,8 +35,6 @@ from guard.evaluation.target import Classifier, Target
 
 BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
-
-BISECTIONS = 10
 
 Budgets = NDArray[np.float64]
 
@@ -125,7 +124,7 @@ def _settled(model: Classifier, best: Best, rows: NDArray[np.intp], right: Float
     """The adversarial images of `rows` moved towards points `right` of them that are not wrong."""
     if len(rows):
         wrong = np.ones(len(rows), dtype=np.bool_)
-        there = onto_boundary(model, right, best.images[rows], labels[rows], wrong, BISECTIONS)
+        there = onto_boundary(model, right, best.images[rows], labels[rows], wrong)
         best.offer(rows, there, wrong, FORWARD * BISECTIONS)
     return best.found()
 
@@ -138,7 +137,7 @@ def smallest_budget(
     norm: Norm,
     first: float,
     growths: int = 20,
-    bisections: int = BISECTIONS,
+    bisections: int = 10,
 ) -> Found:
     """The nearest image that an attack of fixed budgets finds when its budget is searched for, per image.
 
@@ -334,7 +333,7 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
             "fmn",
             "FMN-like minimum norm",
             partial(_run, attacks.minimum_norm, norm=norm, steps=100, clip=True),
-            101 * GRADIENT + 8 * FORWARD,
+            101 * GRADIENT + BISECTIONS * FORWARD,
             "Pintor et al. 2021; Rony et al. 2019",
             None,
         ),
@@ -350,7 +349,7 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
             "logbarrier",
             "LogBarrier",
             partial(_run_seeded, log_barrier, norm=norm, outer=15, inner=20, backtracks=5),
-            (1 + NOISES) * FORWARD + 15 * 20 * (GRADIENT + 6 * FORWARD),
+            (1 + NOISES + BISECTIONS) * FORWARD + 15 * 20 * (GRADIENT + 6 * FORWARD),
             "Finlay, Pooladian & Oberman 2019; SCALE 4",
             None,
         ),

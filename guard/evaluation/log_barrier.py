@@ -5,6 +5,7 @@ wrong class. One of the attacks of SCALE.
 import numpy as np
 
 from guard.attacks import (
+    BISECTIONS,
     FORWARD,
     GRADIENT,
     TINY,
@@ -15,6 +16,7 @@ from guard.attacks import (
     column,
     dual_length,
     length,
+    onto_boundary,
     project,
     steepest,
 )
@@ -47,8 +49,9 @@ def log_barrier(
     p_i - p_y), in `outer` rounds of `inner` steps with α falling. A step shrinks the perturbation by the
     share `step` (in linf: clips it to that much less) and moves along the steepest ascent of the barrier in
     the attack's norm, at most as far. What falls back into the right class is halved back towards its last
-    wrong point. α is `barrier` in l2, and in linf divided by the number of pixels, as squared distances are.
-    Never starts, and fails, where no noise is misclassified. Source: Finlay et al. 2019, Algorithm 1.
+    wrong point. What the barrier kept off the boundary is moved onto it at the end. α is `barrier` in l2; in
+    linf it is divided by the number of pixels, as squared distances are. Fails where no noise is
+    misclassified. Source: Finlay et al. 2019, Algorithm 1.
     """
     best = Best(images, norm)
     here = _start(model, images, labels, best, seed)
@@ -68,6 +71,10 @@ def log_barrier(
             here = _back_into_the_wrong_class(model, here, there, labels[rows], backtracks)
             best.offer(rows, here, np.ones(len(rows), dtype=np.bool_), GRADIENT)
         weight *= SHRINK
+    if len(rows):
+        wrong = np.ones(len(rows), dtype=np.bool_)
+        nearest = onto_boundary(model, images[rows], best.images[rows], labels[rows], wrong)
+        best.offer(rows, nearest, wrong, FORWARD * BISECTIONS)
     return best.found()
 
 
