@@ -33,6 +33,7 @@ from benchmarks.shipped_bundle import percent, share, summary
 from guard import attacks, data, fitting
 from guard.certificate import l_bound, omega_radius
 from guard.data import Dataset, folds, to_floats
+from guard.evaluation.torch_models import TorchModel
 from guard.export import to_onnx
 from guard.files import write_text
 from guard.progress import Progress
@@ -246,46 +247,13 @@ class OnnxModel(Detector):
         return self._all_rows.measure(images).jacobian.astype(np.float64)
 
 
-class TorchModel:
+class AllRows(TorchModel):
     """In torch, on an accelerator."""
-
-    def __init__(self, model: nn.Module, device: str) -> None:
-        self.model = model.to(device).to(memory_format=torch.channels_last).eval()
-        for weight in self.model.parameters():
-            weight.requires_grad = False
-        self.device = device
-
-    def tensor(self, images: Floats) -> torch.Tensor:
-        """Images on the device."""
-        return torch.from_numpy(images).to(self.device).contiguous(memory_format=torch.channels_last)
-
-    def logits(self, images: Floats) -> Floats:
-        """Logits (B, K)."""
-        with torch.no_grad():
-            found: Floats = self.model(self.tensor(images)).cpu().numpy()
-        return found
-
-    def loss_gradient(
-        self, images: Floats, labels: Labels, loss: attacks.Loss
-    ) -> tuple[Floats, Floats, Floats]:
-        """Logits (B, K), losses (B,) and their gradients (B, C, H, W)."""
-        points = self.tensor(images).requires_grad_()
-        truth = torch.from_numpy(labels).to(self.device)
-        logits = self.model(points)
-        if loss == "cross-entropy":
-            losses = nn.functional.cross_entropy(logits, truth, reduction="none")
-        else:
-            scores = logits.softmax(1) if loss == "probability-margin" else logits
-            others = scores.scatter(1, truth[:, None], -torch.inf).amax(1)
-            losses = others - scores.gather(1, truth[:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(losses.sum(), points)
-        found = (logits, losses, gradient.contiguous(memory_format=torch.contiguous_format))
-        return tuple(one.detach().cpu().numpy() for one in found)  # type: ignore[return-value]
 
     def jacobian_norms(self, images: Floats) -> Values:
         """Largest row norms (B,)."""
         points = self.tensor(images).requires_grad_()
-        probabilities = self.model(points).softmax(1)
+        probabilities = self.module(points).softmax(1)
         rows = [
             torch.autograd.grad(column.sum(), points, retain_graph=True)[0].flatten(1).norm(dim=1)
             for column in probabilities.unbind(1)
@@ -297,10 +265,11 @@ class TorchModel:
 def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
     """All of a row's figures but its name."""
     source = trained(run)
+    shape = tuple(source.config["data"]["shape"])
     model: Model = (
-        OnnxModel(source.model, tuple(source.config["data"]["shape"]), torch.get_num_threads())
+        OnnxModel(source.model, shape, torch.get_num_threads())
         if device == "cpu"
-        else TorchModel(source.model, device)
+        else AllRows(source.model, shape, device)
     )
     test = data.load(row.dataset, "test")
     assert test.labels is not None

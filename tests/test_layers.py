@@ -41,10 +41,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Packages that only these entries of the table, or single modules, may import, wherever the import stands.
 HEAVY = {
-    "torch": {"training", "export", "cli.train"},
+    "torch": {"training", "export", "cli.train", "evaluation.torch_models", "evaluation.libraries"},
     "torchvision": {"training", "export"},
     "scipy": {"evaluation", "extremes", "calibration", "fitting", "statistics"},
     "bentoml": {"service", "routes", "worker"},
+    "foolbox": {"evaluation.libraries"},
+    "eagerpy": {"evaluation.libraries"},
+    "pyautoattack": {"evaluation.libraries"},
+    "art": {"evaluation.wasserstein"},
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

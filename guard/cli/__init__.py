@@ -30,6 +30,8 @@ _EXTRAS = {
     "onnxscript": "train",
     "pyarrow": "parquet",
     "foolbox": "attacks",
+    "pyautoattack": "attacks",
+    "art": "attacks",
 }
 
 _EPILOG = """\
