@@ -28,15 +28,20 @@ class Linear:
     """A linear model, images in the middle of the cube, their classes and distances to the nearest other."""
 
     def __init__(self, classes: int) -> None:
-        weight = np.random.default_rng(classes).normal(size=(classes, 108))
-        self.detector = Detector(networks.linear(weight, shape=SHAPE), provider="cpu", threads=1)
+        weight = np.random.default_rng(classes).normal(size=(classes, 108)).astype(np.float32)
+        self.images = 0.1 + 0.8 * networks.images(COUNT, SHAPE, seed=1)
+        bias = -weight @ self.images.reshape(COUNT, -1).mean(axis=0)  # so that there are several classes
+        model = networks.linear(weight, bias, shape=SHAPE)
+        self.detector = Detector(model, provider="cpu", threads=1)
         self.target = Target(self.detector)
-        self.images = 0.4 + 0.2 * networks.images(COUNT, SHAPE)
         logits = self.detector.logits(self.images).astype(np.float64)
         self.labels: Labels = logits.argmax(axis=1)
         self.distance: dict[Norm, NDArray[np.float64]] = {}
-        for norm, order in (("l2", 2), ("linf", 1)):
-            sizes = np.linalg.norm(weight[self.labels][:, None] - weight, ord=order, axis=2)
+        orders: dict[Norm, int] = {"l2": 2, "linf": 1}
+        for norm, order in orders.items():
+            sizes = np.linalg.norm(
+                (weight[self.labels][:, None] - weight).astype(np.float64), ord=order, axis=2
+            )
             gaps = logits[np.arange(COUNT), self.labels][:, None] - logits
             gaps[np.arange(COUNT), self.labels] = np.inf
             self.distance[norm] = (gaps / np.maximum(sizes, 1e-9)).min(axis=1)
@@ -45,30 +50,31 @@ class Linear:
 LINEAR = {classes: Linear(classes) for classes in (2, 4, 10)}
 
 
-# The attack, and how far above the optimum its median and its worst image may end.
-MINIMUM: tuple[tuple[str, Norm, Make, float, float], ...] = (
-    ("deepfool", "l2", libraries.deepfool, 1.025, 1.03),  # overshoots by 2%
-    ("carlini-wagner", "l2", partial(libraries.carlini_wagner, 200), 1.03, 2.0),
-    ("ddn", "l2", libraries.decoupled, 1.02, 1.3),
-    ("fmn", "l2", partial(libraries.fast_minimum_norm, "l2"), 1.002, 1.3),
-    ("fmn", "linf", partial(libraries.fast_minimum_norm, "linf"), 1.002, 1.3),
+# The attack, and how far above the optimum it may end with 2 classes and with 10: relatively, and in pixels.
+MINIMUM: tuple[tuple[str, Norm, Make, dict[int, float], float], ...] = (
+    ("deepfool-l2", "l2", libraries.deepfool, {2: 0.021, 10: 0.021}, 5e-4),  # overshoots by 2% and by 1e-4
+    # Adam moves every pixel by 0.01 at first.
+    ("carlini-wagner-l2", "l2", partial(libraries.carlini_wagner, 120), {2: 0.05, 10: 0.1}, 0.02),
+    # It follows the cross-entropy, which leads away from several classes at once.
+    ("ddn-l2", "l2", libraries.decoupled, {2: 0.01, 10: 0.3}, 0),
+    ("fmn-l2", "l2", partial(libraries.fast_minimum_norm, "l2"), {2: 0.001, 10: 0.001}, 0),
+    ("fmn-linf", "linf", partial(libraries.fast_minimum_norm, "linf"), {2: 0.001, 10: 0.001}, 0),
 )
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize(
-    ("name", "norm", "make", "median", "worst"), MINIMUM, ids=[f"{name}-{norm}" for name, norm, *_ in MINIMUM]
+    ("norm", "make", "above", "absolute"), [case[1:] for case in MINIMUM], ids=[name for name, *_ in MINIMUM]
 )
 def test_minimum_norm_attacks_end_at_the_nearest_other_class(
-    name: str, norm: Norm, make: Make, median: float, worst: float, classes: int
+    norm: Norm, make: Make, above: dict[int, float], absolute: float, classes: int
 ) -> None:
     linear = LINEAR[classes]
     found = libraries.with_foolbox(linear.target, linear.images, linear.labels, None, 0, norm=norm, make=make)
-    ratio = found.distance / linear.distance[norm]
+    optimum = linear.distance[norm]
     assert found.success.all()
-    assert ratio.min() >= 1 - 1e-4
-    assert np.median(ratio) <= median
-    assert ratio.max() <= worst
+    assert (found.distance >= optimum * (1 - 1e-4)).all()
+    assert (found.distance <= optimum * (1 + above[classes]) + absolute).all()
     assert (linear.detector.logits(found.images).argmax(axis=1) != linear.labels).all()
     assert attacks.length(found.images - linear.images, norm) == pytest.approx(found.distance)
 
@@ -78,7 +84,7 @@ def test_minimum_norm_attacks_end_at_the_nearest_other_class(
     [
         ("l2", partial(libraries.hop_skip_jump, "l2", 8), 1.1),
         ("linf", partial(libraries.hop_skip_jump, "linf", 8), 1.3),
-        ("l2", partial(libraries.boundary, 2000), 2.0),
+        ("l2", partial(libraries.boundary, 1000), 5.0),
     ],
     ids=["hopskipjump-l2", "hopskipjump-linf", "boundary-l2"],
 )
@@ -106,19 +112,19 @@ def test_directions_of_hopskipjump_do_not_shrink_with_the_batch() -> None:
 def test_starting_points_are_noise_or_else_neighbours_of_another_class() -> None:
     model = LINEAR[2].detector
     images, labels = LINEAR[2].images, LINEAR[2].labels
-    start, known = libraries.starting_points(model, images, labels, np.random.default_rng(0))
+    start, known = libraries.starting_points(model.logits, images, labels, np.random.default_rng(0))
     assert known.all()
     assert (model.logits(start).argmax(axis=1) != labels).all()
     assert len(set(labels)) == 2
-    start, known = libraries.starting_points(model, images, labels, np.random.default_rng(0), draws=0)
+    start, known = libraries.starting_points(model.logits, images, labels, np.random.default_rng(0), draws=0)
     assert known.all()
     assert (model.logits(start).argmax(axis=1) != labels).all()
     one = np.flatnonzero(labels == labels[0])
     start, known = libraries.starting_points(
-        model, images[one], labels[one], np.random.default_rng(0), draws=0
+        model.logits, images[one], labels[one], np.random.default_rng(0), draws=0
     )
     assert not known.any()
-    found = libraries.proposed(model, images[one], labels[one], "l2", None, lambda images, _: images)
+    found = libraries.proposed(model, images[one], labels[one], "l2", None, lambda images, _: (images, 0))
     assert not found.success.any()
     assert np.isinf(found.distance).all()
 
@@ -151,11 +157,6 @@ def test_square_succeeds_with_three_times_the_distance_and_keeps_the_budget(norm
     found = run(linear.target, linear.images[rows], linear.labels[rows], budget, 0)
     assert found.success.all()
     assert (found.distance <= budget).all()
-    with pytest.raises(UsageError, match="5 pixels"):
-        tiny = Detector(networks.linear(np.eye(4), shape=(1, 2, 2)), provider="cpu")
-        libraries.with_autoattack(
-            Target(tiny), np.zeros((1, 1, 2, 2), np.float32), np.zeros(1, int), 1.0, 0, norm="l2"
-        )
 
 
 def convolutional(seed: int = 0) -> tuple[Detector, Floats, Labels]:
@@ -177,12 +178,16 @@ def test_autoattack_is_never_weaker_than_its_parts_and_stops_where_it_succeeds()
     distance = attacks.minimum_norm(detector, images, labels, norm="l2", clip=True).distance
     budget = float(np.quantile(distance, 0.9))
     run = partial(libraries.with_autoattack, norm="l2")
-    whole = ("apgd-ce", "apgd-t", "fab-t")  # 5,000 queries of Square on what stands would take their time
+    whole: tuple[Part, ...] = (
+        "apgd-ce",
+        "apgd-t",
+        "fab-t",
+    )  # 5,000 queries of Square on what stands would take their time
     all_parts = run(Target(detector), images, labels, budget, 0, parts=whole)
     first = run(Target(detector), images, labels, budget, 0, parts=("apgd-ce",))
     assert (all_parts.success >= first.success).all()
-    assert (all_parts.distance <= budget).all()
-    assert 0 < first.success.sum()
+    assert (all_parts.distance[all_parts.success] <= budget).all()
+    assert first.success.any()
     # Broken by the first part: the others cost nothing.
     easy = Counting(networks.convolutional(classes=5), provider="cpu", threads=1)
     broken = run(Target(easy), images, labels, 20 * float(distance.max()), 0, parts=libraries.STANDARD)
@@ -243,14 +248,13 @@ def test_runs_are_deterministic_and_leave_the_generators_alone() -> None:
             starts=True,
         ),
     ]
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr] # noqa: NPY002
+    torch_state = torch.get_rng_state()
     handlers = list(logging.root.handlers)
     for run in runs:
         first, again, other = run(5), run(5), run(6)
         assert np.array_equal(first.images, again.images)
         assert not np.array_equal(first.images, other.images)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index] # noqa: NPY002
     assert logging.root.handlers == handlers
 
 
@@ -260,18 +264,19 @@ def test_wrong_images_are_at_distance_zero_and_are_not_attacked() -> None:
     labels[:3] = 1 - labels[:3]
     asked = []
 
-    def propose(images: Floats, labels: Labels) -> Floats:
+    def propose(images: Floats, labels: Labels) -> tuple[Floats, int]:
         asked.append(len(images))
-        return np.full_like(images, np.nan)
+        return np.full_like(images, np.nan), 6
 
     found = libraries.proposed(linear.detector, linear.images, labels, "l2", 0.1, propose)
     assert asked == [COUNT - 3]
     assert not found.distance[:3].any()
     assert np.isinf(found.distance[3:]).all()
     assert np.array_equal(found.images, linear.images)
-    everything = libraries.proposed(
-        linear.detector, linear.images, 1 - linear.labels, "l2", 0.1, lambda images, _: pytest.fail()
-    )
+    assert found.passes is not None
+    assert found.passes.tolist() == [1] * 3 + [3] * (COUNT - 3)  # a share of 6, rounded up, and one to look
+    everything = libraries.proposed(linear.detector, linear.images, 1 - linear.labels, "l2", 0.1, propose)
+    assert asked == [COUNT - 3]
     assert everything.success.all()
 
 
@@ -280,11 +285,11 @@ def test_proposals_outside_are_brought_back_inside(norm: Norm) -> None:
     linear = LINEAR[2]
     far = np.random.default_rng(0).normal(size=linear.images.shape).astype(np.float32)
     found = libraries.proposed(
-        linear.detector, linear.images, linear.labels, norm, 0.05, lambda images, _: images + far
+        linear.detector, linear.images, linear.labels, norm, 0.05, lambda images, _: (images + far, 0)
     )
     assert (attacks.length(found.images - linear.images, norm) <= 0.05 * (1 + 1e-5)).all()
     assert found.images.min() >= 0
-    near = linear.images + np.float32(1e-4) * np.sign(far)
+    near = linear.images + np.float32(1e-4) * attacks.steepest(far, "linf")
     assert np.array_equal(libraries.inside(linear.images, near, norm, 0.05), near)
 
 
@@ -295,6 +300,9 @@ def test_few_classes_have_what_autoattack_there_is() -> None:
     assert run(norm="linf").success.all()
     with pytest.raises(UsageError, match="4 classes"):
         run(norm="linf", parts=("apgd-t",))
+    tiny = Target(Detector(networks.linear(np.eye(4, dtype=np.float32), shape=(1, 2, 2)), provider="cpu"))
+    with pytest.raises(UsageError, match="5 pixels"):
+        libraries.with_autoattack(tiny, networks.images(1, (1, 2, 2)), np.zeros(1, int), 1.0, 0, norm="l2")
 
 
 def test_names_budgets_and_needs() -> None:

@@ -27,7 +27,7 @@ from guard.evaluation.target import Classifier, Flags, Target
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
 Make = Callable[[], Any]
-Propose = Callable[[Floats, Labels], Floats]
+Propose = Callable[[Floats, Labels], tuple[Floats, int]]
 
 L2 = (0.25, 0.5, 1.0)
 LINF = (2 / 255, 8 / 255)
@@ -47,15 +47,18 @@ def proposed(
 ) -> Found:
     """Attacks the images (B, C, H, W) that `model` classifies as their labels (B,), and judges what it finds.
 
-    `propose(images, labels)` is the attack. Proposals that are not finite count for nothing, those outside
-    [0, 1] are clipped, those outside the budget projected. Wrong images succeed at distance 0. With `norm`
-    None the distance of a success is the budget, which the attack itself keeps.
+    `propose(images, labels)` is the attack: points (B, C, H, W), and how many forward passes it took for all
+    together. Proposals that are not finite count for nothing, those outside [0, 1] are clipped, those outside
+    the budget projected. Wrong images succeed at distance 0. With `norm` None the distance of a success is
+    the budget, which the attack itself keeps. `passes` is the mean of the images attacked: libraries do not
+    say more.
     """
     points, success = images.copy(), model.logits(images).argmax(axis=1) != labels
-    distance = np.where(success, 0.0, np.inf)
+    distance, passes = np.where(success, 0.0, np.inf), np.ones(len(images), np.int64)
     rows = np.flatnonzero(~success)
     if len(rows):
-        found = np.asarray(propose(images[rows], labels[rows]), np.float32)
+        found, spent = propose(images[rows], labels[rows])
+        passes[rows] += -(-spent // len(rows))
         finite = np.isfinite(found).all(axis=(1, 2, 3))
         found = np.clip(np.where(finite.reshape(-1, 1, 1, 1), found, images[rows]), 0.0, 1.0)
         if norm is not None and budget is not None:
@@ -64,7 +67,7 @@ def proposed(
         reach = np.full(len(rows), budget) if norm is None else length(found - images[rows], norm)
         points[rows], success[rows] = found, hit
         distance[rows] = np.where(hit, reach if budget is None else np.minimum(reach, budget), np.inf)
-    return Found(points, success, distance)
+    return Found(points, success, distance, passes)
 
 
 def inside(images: Floats, points: Floats, norm: Norm, budget: float) -> Floats:
@@ -95,32 +98,39 @@ def with_foolbox(
 
     foolbox = import_foolbox()
 
-    def propose(images: Floats, labels: Labels) -> Floats:
-        options, points = {}, images.copy()
-        rows = np.arange(len(images))
+    def propose(images: Floats, labels: Labels) -> tuple[Floats, int]:
+        module = as_module(target.model)
+
+        def logits(images: Floats) -> Floats:
+            with torch.no_grad():
+                return np.asarray(module(torch.from_numpy(images).to(module.device)).cpu().numpy())
+
+        points, rows, options = images.copy(), np.arange(len(images)), {}
         if starts:
-            begin, known = starting_points(target.model, images, labels, np.random.default_rng(seed))
+            begin, known = starting_points(logits, images, labels, np.random.default_rng(seed))
             rows = np.flatnonzero(known)
-            if not len(rows):
-                return points
-            options["starting_points"] = torch.from_numpy(begin[rows])
-        with isolated(seed):
-            # Means over windows of the boundary attack that are still empty.
-            warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-            module = as_module(target.model)
-            options = {name: value.to(module.device) for name, value in options.items()}
-            network = foolbox.PyTorchModel(module, bounds=(0, 1), device=module.device)
-            truth = torch.from_numpy(labels[rows]).to(module.device)
-            there = torch.from_numpy(images[rows]).to(module.device)
-            found = make().run(network, there, foolbox.criteria.Misclassification(truth), **options)
-        points[rows] = found.detach().cpu().numpy()
-        return points
+            options = {"starting_points": torch.from_numpy(begin[rows]).to(module.device)}
+        if len(rows):
+            with isolated(seed):
+                # Means over windows of the boundary attack that are still empty.
+                warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+                network = foolbox.PyTorchModel(module, bounds=(0, 1), device=module.device)
+                truth = torch.from_numpy(labels[rows]).to(module.device)
+                there = torch.from_numpy(images[rows]).to(module.device)
+                found = make().run(network, there, foolbox.criteria.Misclassification(truth), **options)
+            points[rows] = found.detach().cpu().numpy()
+        return points, module.passes
 
     return proposed(target.model, images, labels, norm, budget, propose)
 
 
 def starting_points(
-    model: Classifier, images: Floats, labels: Labels, generator: np.random.Generator, *, draws: int = 100
+    logits: Callable[[Floats], Floats],
+    images: Floats,
+    labels: Labels,
+    generator: np.random.Generator,
+    *,
+    draws: int = 100,
 ) -> tuple[Floats, Flags]:
     """Images of another class than `labels`, (B, C, H, W), and for which one is known (B,).
 
@@ -133,9 +143,9 @@ def starting_points(
         if not len(rows):
             break
         noise = generator.random((len(rows), *images.shape[1:]), dtype=np.float32)
-        hit = model.logits(noise).argmax(axis=1) != labels[rows]
+        hit = logits(noise).argmax(axis=1) != labels[rows]
         start[rows[hit]], known[rows[hit]] = noise[hit], True
-    predicted = model.logits(images).argmax(axis=1)
+    predicted = logits(images).argmax(axis=1)
     for row in np.flatnonzero(~known):
         others = np.flatnonzero(predicted != labels[row])
         if len(others):
@@ -144,7 +154,7 @@ def starting_points(
     low, high = np.zeros(len(images)), np.ones(len(images))
     for _ in range(10):
         middle = (low + high) / 2
-        hit = model.logits(images + column(middle) * (start - images)).argmax(axis=1) != labels
+        hit = logits(images + column(middle) * (start - images)).argmax(axis=1) != labels
         high, low = np.where(hit, middle, high), np.where(hit, low, middle)
     return np.where(column(high) < 1, images + column(high) * (start - images), start), known
 
@@ -280,9 +290,9 @@ def with_autoattack(
         at = parts.index("apgd-t")
         parts = parts[:at] + instead + parts[at + 1 :]
 
-    def propose(images: Floats, labels: Labels) -> Floats:
+    def propose(images: Floats, labels: Labels) -> tuple[Floats, int]:
+        module = as_module(target.model)
         with isolated(seed):
-            module = as_module(target.model)
             attack = AutoAttack(
                 module,
                 norm={"l2": "L2", "linf": "Linf"}[norm],
@@ -299,7 +309,7 @@ def with_autoattack(
                 torch.from_numpy(labels).to(module.device),
                 batch_size=len(images),
             )
-        return np.asarray(found.cpu().numpy(), np.float32)
+        return np.asarray(found.cpu().numpy(), np.float32), module.passes
 
     return proposed(target.model, images, labels, norm, budget, propose)
 

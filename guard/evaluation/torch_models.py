@@ -61,8 +61,8 @@ class TorchModel:
 
 
 class Counted(nn.Module):
-    """What `as_module` makes. `forwards` and `backwards` count images, not batches; `device` is where its
-    tensors lie.
+    """What `as_module` makes. `forwards` and `backwards` count images, not batches, and `passes` is both in
+    forward passes, a backward one taken for two; `device` is where its tensors lie.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -86,6 +86,11 @@ class Counted(nn.Module):
             return logits
         outside: Tensor = _Logits.apply(images, self)
         return outside
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one image that all of them took together."""
+        return self.forwards + 2 * self.backwards
 
     def _count(self, cotangents: Tensor) -> None:
         self.backwards += len(cotangents)
