@@ -142,8 +142,10 @@ def test_parts_of_autoattack_break_what_lies_within_the_budget(part: Part, norm:
     )
     assert found.success[near].all()
     assert not found.success[distance > budget].any()
-    assert (attacks.length(found.images - linear.images, norm) <= budget * (1 + 2e-5)).all()
-    assert (found.distance[found.success] <= budget).all()
+    assert (attacks.length(found.images - linear.images, norm) <= budget).all()
+    assert found.passes is not None
+    attack = next(attack for attack in ATTACKS if part in attack.name and attack.norm == norm)
+    assert 300 < found.passes.mean() <= attack.passes
     assert found.images.min() >= 0
     assert found.images.max() <= 1
 
@@ -287,7 +289,7 @@ def test_proposals_outside_are_brought_back_inside(norm: Norm) -> None:
     found = libraries.proposed(
         linear.detector, linear.images, linear.labels, norm, 0.05, lambda images, _: (images + far, 0)
     )
-    assert (attacks.length(found.images - linear.images, norm) <= 0.05 * (1 + 1e-5)).all()
+    assert (attacks.length(found.images - linear.images, norm) <= 0.05).all()
     assert found.images.min() >= 0
     near = linear.images + np.float32(1e-4) * attacks.steepest(far, "linf")
     assert np.array_equal(libraries.inside(linear.images, near, norm, 0.05), near)
