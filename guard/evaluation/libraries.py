@@ -439,7 +439,7 @@ ATTACKS: tuple[Attack, ...] = (
         with_wasserstein,
         None,
         "gradients",
-        100 * 4,
+        3 + 100 * 4,
         "Wong et al. 2019, MANIFOLD Table 1: 100 steps, regularization 3000; ART 1.20",
         (0.1,),
         needs="art",
