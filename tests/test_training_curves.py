@@ -8,8 +8,6 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from guard.training import curves
 
@@ -187,73 +185,3 @@ class TestPage:
         written = json.dumps(line(1, loss=math.nan))
         assert "NaN" in written
         assert figures(curves.page("run", config(), [json.loads(written)]))
-
-
-class TestThinning:
-    def test_keeps_peaks_ends_and_order(self) -> None:
-        values = [(float(epoch), 0.0) for epoch in range(5000)]
-        values[1234] = (1234.0, 9.0)
-        values[777] = (777.0, -9.0)
-        kept = curves.thinned(values)
-        assert len(kept) <= 400
-        assert kept[0][0] == 0
-        assert kept[-1] == values[-1]
-        assert values[1234] in kept
-        assert values[777] in kept
-        epochs = [epoch for epoch, _ in kept]
-        assert epochs == sorted(set(epochs))
-
-    def test_keeps_a_gap(self) -> None:
-        values = [(float(epoch), 1.0 if epoch != 2500 else math.nan) for epoch in range(5000)]
-        assert sum(math.isnan(value) for _, value in curves.thinned(values)) == 1
-
-    def test_leaves_short_ones_alone(self) -> None:
-        values = [(float(epoch), 0.0) for epoch in range(400)]
-        assert curves.thinned(values) == values
-
-
-class TestTicks:
-    @pytest.mark.parametrize(
-        ("low", "high", "expected"),
-        [
-            (0.0, 1.0, ["0.0", "0.5", "1.0"]),
-            (0.3, 2.31, ["0", "1", "2", "3"]),
-            (30.0, 62.0, ["30", "40", "50", "60", "70"]),
-            (2400.0, 24000.0, ["0", "10000", "20000", "30000"]),
-            (1.5e-4, 3e-4, ["1.5e-04", "2.0e-04", "2.5e-04", "3.0e-04"]),
-            (100000.0, 101000.0, ["100000", "100500", "101000"]),
-            (5.0, 5.0, ["4.5", "5.0", "5.5"]),
-            (0.0, 0.0, ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
-            (-1.0, 1.0, ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
-        ],
-    )
-    def test_are_round(self, low: float, high: float, expected: list[str]) -> None:
-        assert curves.labels(curves.ticks(low, high)) == expected
-
-    @given(st.floats(-1e12, 1e12), st.floats(-1e12, 1e12))
-    def test_span_whatever_they_are_given(self, one: float, other: float) -> None:
-        low, high = min(one, other), max(one, other)
-        found = curves.ticks(low, high)
-        slack = 1e-6 * (found[1] - found[0])
-        assert found[0] <= low + slack
-        assert found[-1] >= high - slack
-        assert 3 <= len(found) <= 7
-
-    @pytest.mark.parametrize("low", [-3.7, 0.0, 1e-9, 0.12, 5e6])
-    @pytest.mark.parametrize("width", [1e-6, 0.02, 0.5, 3.3, 7.0, 99.0, 1e9])
-    def test_span_the_values_few_and_all_different(self, low: float, width: float) -> None:
-        found = curves.ticks(low, low + width)
-        assert 3 <= len(found) <= 7
-        assert found[0] <= low + 1e-9 * max(1, abs(low))
-        assert found[-1] >= low + width * (1 - 1e-6) - 1e-9 * abs(low)
-        assert len(set(curves.labels(found))) == len(found)
-
-    @pytest.mark.parametrize(
-        ("epochs", "expected"),
-        [(1, [0, 1]), (3, [0, 1, 2, 3]), (26, [0, 5, 10, 15, 20, 25]), (200, [0, 50, 100, 150, 200])],
-    )
-    def test_of_epochs(self, epochs: int, expected: list[int]) -> None:
-        assert curves.epoch_ticks(epochs) == expected
-
-    def test_of_epochs_are_few(self) -> None:
-        assert all(len(curves.epoch_ticks(epochs)) <= 7 for epochs in range(1, 3000))

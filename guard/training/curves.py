@@ -4,16 +4,15 @@ It needs no script and no network, is well-formed XML, and reloads itself while 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from guard import plots
 from guard.training import grammar
 
 CURVES = "curves.html"
-
-Points = Sequence[tuple[float, float]]
 
 # What a logged term is called and measured in, where the name alone does not say it.
 _UNITS = {
@@ -29,10 +28,6 @@ _ACCURACIES = {"train_accuracy": "training batches", "held_out_accuracy": "held-
 _LOSSES = {"loss": "loss", "data": "data term"}
 _NO_CURVES = {"epoch", "seconds", "learning_rate", *_ACCURACIES, *_LOSSES}
 
-_MOST_POINTS = 400  # of a curve: more than a panel has pixels across
-_WIDTH, _HEIGHT = 380, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 38
-_DIGIT = 7  # how wide one is at most
 _RELOAD_SECONDS = 10
 
 
@@ -44,7 +39,7 @@ class Curve:
     """
 
     label: str
-    points: Points
+    points: plots.Points
     latest: float
 
 
@@ -89,7 +84,7 @@ def page(name: str, config: Mapping[str, Any], metrics: Sequence[Mapping[str, An
 <meta name="viewport" content="width=device-width, initial-scale=1" />
 {reload}
 <title>{escape(name)}: {done} of {epochs} epochs</title>
-<style>{_STYLE}</style>
+<style>{plots.STYLE}{_STYLE}</style>
 </head>
 <body>
 <header><h1>{escape(name)}</h1><p>{" · ".join(map(escape, facts))}</p></header>
@@ -167,7 +162,8 @@ def _figure(panel: Panel, epochs: int) -> str:
     )
     unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
     return (
-        f"<figure><figcaption><h2>{escape(panel.title)}{unit}</h2><ul>{legend}</ul></figcaption>"
+        f"<figure><figcaption><h2>{escape(panel.title)}{unit}</h2>"
+        f'<ul class="legend">{legend}</ul></figcaption>'
         f"{_drawing(panel, epochs)}</figure>"
     )
 
@@ -180,104 +176,13 @@ def _text(value: float) -> str:
 
 def _drawing(panel: Panel, epochs: int) -> str:
     values = [value for curve in panel.curves for _, value in curve.points if math.isfinite(value)]
-    heights = ticks(min(values) * panel.scale, max(values) * panel.scale) if values else [0.0, 1.0]
-    low, high = heights[0] / panel.scale, heights[-1] / panel.scale
-    texts = labels(heights)
-    left = max(_LEFT, 10 + _DIGIT * max(map(len, texts)))
-
-    def across(epoch: float) -> float:
-        return left + (_WIDTH - left - _RIGHT) * epoch / epochs
-
-    def up(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
-
-    about = f"{escape(panel.title)} over {epochs} epochs"
-    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" xmlns="http://www.w3.org/2000/svg"'
-    parts = [f'<svg {box} role="img" aria-label="{about}">']
-    for height, text in zip(heights, texts, strict=True):
-        y = up(height / panel.scale)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{_WIDTH - _RIGHT}" />')
-        parts.append(f'<text class="y" x="{left - 6}" y="{y + 4:.1f}">{text}</text>')
-    for epoch in epoch_ticks(epochs):
-        x = across(epoch)
-        parts.append(f'<path class="tick" d="M{x:.1f} {_HEIGHT - _BOTTOM}v4" />')
-        parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}">{epoch}</text>')
-    parts.append(f'<text class="x" x="{(left + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}">epochs</text>')
-    for index, curve in enumerate(panel.curves):
-        parts.append(f'<g class="c{index}">{_line(curve.points, across, up)}</g>')
-    return "".join([*parts, "</svg>"])
-
-
-def _line(points: Points, across: Callable[[float], float], up: Callable[[float], float]) -> str:
-    """The runs of finite points as lines, and dots for those that stand alone."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for epoch, value in thinned(points):
-        if math.isfinite(value):
-            runs[-1].append((across(epoch), up(value)))
-        elif runs[-1]:
-            runs.append([])
-    drawn = []
-    for run in filter(None, runs):
-        corners = "L".join(f"{x:.1f} {y:.1f}" for x, y in run)
-        if len(run) == 1:
-            drawn.append(f'<circle cx="{run[0][0]:.1f}" cy="{run[0][1]:.1f}" r="3" />')
-        else:
-            drawn.append(f'<path d="M{corners}" />')
-    return "".join(drawn)
-
-
-def thinned(points: Points) -> Points:
-    """At most `_MOST_POINTS` points: of every stretch its lowest and highest, so that no peak is lost.
-
-    The last point stays. A stretch with a value that is not finite keeps that one instead of its lowest.
-    """
-    if len(points) <= _MOST_POINTS:
-        return points
-    size = math.ceil(2 * len(points) / (_MOST_POINTS - 1))
-    kept = []
-    for start in range(0, len(points) - 1, size):
-        stretch = points[start : min(start + size, len(points) - 1)]
-        # A broken value sorts lowest, so that the gap stays a gap.
-        ranked = sorted(stretch, key=lambda point: point[1] if math.isfinite(point[1]) else -math.inf)
-        kept += sorted({ranked[0][0]: ranked[0], ranked[-1][0]: ranked[-1]}.values(), key=lambda p: p[0])
-    return [*kept, points[-1]]
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round values at one distance, 1, 2 or 5 times a power of ten, that span both ends."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: a little room around it
-        room = abs(high) / 10 or 1.0
-        low, high = low - room, high + room
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    steps = (factor * power for factor in (1, 2, 5) if factor * power >= (high - low) / 4)
-    distance = next(steps, 10 * power)
-    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
-    return [step * distance for step in range(first, last + 1)]
-
-
-def labels(heights: Sequence[float]) -> list[str]:
-    """Ticks as text, all with as many digits as their distance needs."""
-    power = math.floor(math.log10(heights[1] - heights[0]) + 1e-9)
-    largest = max(map(abs, heights))
-    if 1e-3 <= largest < 1e7:
-        return [f"{height + 0.0:.{max(0, -power)}f}" for height in heights]
-    digits = max(0, math.floor(math.log10(largest) + 1e-9) - power)
-    return [f"{height:.{digits}e}" for height in heights]
-
-
-def epoch_ticks(epochs: int) -> list[int]:
-    """0, whole epochs at a round distance, at most seven in all."""
-    distance = next(
-        factor * 10**power for power in range(10) for factor in (1, 2, 5) if factor * 10**power * 6 >= epochs
-    )
-    return list(range(0, epochs + 1, distance))
+    low, high = (min(values), max(values)) if values else (0.0, 1.0 / panel.scale)
+    frame = plots.Frame(plots.counted(epochs, "epochs"), plots.linear(low, high, scale=panel.scale))
+    marks = [plots.line(frame, curve.points, f"c{index}") for index, curve in enumerate(panel.curves)]
+    return frame.svg(marks, f"{panel.title} over {epochs} epochs")
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #f4f5f8; --card: #fff; --ink: #161a22; --muted: #596273;
-  --line: #e1e5ec; --c0: #3b52d9; --c1: #c2571a; }
-@media (prefers-color-scheme: dark) { :root { --ground: #0d1015; --card: #161a21; --ink: #e9ecf2;
-  --muted: #98a2b3; --line: #282e39; --c0: #93a5ff; --c1: #f0a36b; } }
 body { margin: 0; padding: 20px; background: var(--ground); color: var(--ink);
   font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1 { margin: 0; font-size: 20px; }
@@ -287,22 +192,4 @@ figure { margin: 0; padding: 12px 14px 8px; background: var(--card); border: 1px
   border-radius: 10px; }
 h2 { margin: 0; font-size: 14px; }
 small { color: var(--muted); font-weight: 400; font-size: 12px; }
-ul { display: flex; flex-wrap: wrap; gap: 0 16px; margin: 2px 0 6px; padding: 0; list-style: none;
-  font-size: 12px; color: var(--muted); }
-li b { color: var(--ink); font-variant-numeric: tabular-nums; }
-li::before { content: ""; display: inline-block; width: 14px; margin-right: 6px; vertical-align: middle;
-  border-top: 2px solid var(--c0); }
-li.c1::before { border-top: 2px dashed var(--c1); }
-svg { display: block; width: 100%; height: auto; }
-text { font-size: 11px; fill: var(--muted); font-variant-numeric: tabular-nums; }
-text.x { text-anchor: middle; }
-text.y { text-anchor: end; }
-path { fill: none; }
-.grid, .tick { stroke: var(--line); }
-g { stroke-width: 2; stroke-linejoin: round; }
-g.c0 { stroke: var(--c0); }
-g.c1 { stroke: var(--c1); stroke-dasharray: 5 3; }
-circle { stroke: none; }
-g.c0 circle { fill: var(--c0); }
-g.c1 circle { fill: var(--c1); }
 """
