@@ -17,6 +17,7 @@ Points = Sequence[tuple[float, float]]
 SERIES = tuple(f"c{index}" for index in range(8))
 
 _MOST_POINTS = 400  # of a line: more than a diagram has pixels across
+_MOST_TICKS = 7
 _DIGIT = 7  # how wide one is at most
 _ASCENT = 4  # half a digit's height
 
@@ -62,6 +63,7 @@ svg g path.bars, svg g path.band {{ stroke-dasharray: none; }}
 .legend b {{ color: var(--ink); font-variant-numeric: tabular-nums; }}
 .legend li::before {{ content: ""; display: inline-block; width: 16px; margin-right: 6px;
   vertical-align: middle; border-top: 2px solid var(--series); }}
+.legend .dot::before {{ width: 8px; height: 8px; border: 0; border-radius: 4px; background: var(--series); }}
 .legend .c1::before, .legend .c4::before, .legend .c5::before {{ border-top-style: dashed; }}
 .legend .c2::before, .legend .c6::before, .legend .pale::before {{ border-top-style: dotted; }}
 """
@@ -69,7 +71,7 @@ svg g path.bars, svg g path.band {{ stroke-dasharray: none; }}
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high` > `low`, with `ticks` of value and text; a logarithmic one needs `low` > 0."""
+    """From `low` to another value `high`; `ticks` are (value, text). A logarithmic one needs 0 < low < high."""
 
     low: float
     high: float
@@ -105,15 +107,16 @@ def counted(count: int, title: str = "") -> Axis:
 
 
 def logarithmic(low: float, high: float, title: str = "") -> Axis:
-    """A logarithmic axis over positive values, its ends 1, 2 or 5 times a power of ten; at most ten ticks."""
-    grid = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
-    first = max([value for value in grid if value <= low * (1 + 1e-9)], default=grid[0])
-    last = min([value for value in grid if value >= high * (1 - 1e-9) and value > first], default=grid[-1])
-    inside = [value for value in grid if first <= value <= last]
-    while len(inside) > 10:
-        whole = [value for value in inside if abs(math.log10(value) - round(math.log10(value))) < 1e-9]
-        inside = whole if len(whole) < len(inside) else inside[::2]
-    return Axis(first, last, tuple((value, f"{value:,.10g}") for value in inside), title, log=True)
+    """A logarithmic axis over positive values, its ends 1, 2 or 5 times a power of ten, with a few ticks."""
+    grid = [(factor, power, factor * 10.0**power) for power in range(-12, 13) for factor in (1, 2, 5)]
+    values = [value for _, _, value in grid]
+    first = max([value for value in values if value <= low * (1 + 1e-9)], default=values[0])
+    last = min([one for one in values if one >= high * (1 - 1e-9) and one > first], default=values[-1])
+    for factors, every in (((1, 2, 5), 1), ((1, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
+        shown = [one for f, p, one in grid if f in factors and p % every == 0 and first <= one <= last]
+        if len(shown) <= _MOST_TICKS:
+            break
+    return Axis(first, last, tuple((value, f"{value:,.10g}") for value in shown), title, log=True)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Frame:
     y: Axis
     width: int = 380
     height: int = 230
-    right: int = 14
+    right: int = 20
 
     @property
     def left(self) -> int:

@@ -134,7 +134,7 @@ def test_serving_loads_neither_torch_nor_scipy() -> None:
 
 
 def test_commands_without_training_load_no_torch() -> None:
-    names = ("calibrate", "certify", "graph", "info", "serve", "wrap")
+    names = ("calibrate", "certify", "graph", "info", "report", "serve", "wrap")
     loaded = loaded_by("".join(f"import guard.cli.{name}\n" for name in names))
     assert not loaded & {"torch", "torchvision"}
 

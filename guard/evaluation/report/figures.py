@@ -1,0 +1,271 @@
+"""The papers' figures from a results folder, as SVG: what was not run leaves its curve out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard import plots
+from guard.attacks import Norm
+from guard.evaluation.report import words
+from guard.evaluation.report.reading import Attacked, Evaluation, Flags, Values
+from guard.evaluation.report.tables import SOURCES, source_of
+from guard.plots import Frame, Points
+
+NORMS: tuple[Norm, Norm] = ("l2", "linf")
+
+_FLOOR = 1e-4
+_BINS = 28
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title, a legend of (series, text), and what it shows and of how many images."""
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, str], ...]
+    caption: str
+
+
+def figures(
+    evaluation: Evaluation, against: Evaluation | None, stability: Mapping[Norm, Mapping[str, Any]]
+) -> list[Figure]:
+    """All figures for which there is something to draw."""
+    drawn: list[Figure | None] = []
+    for norm in NORMS:
+        white = [one for one in _of(evaluation, norm) if one.result.knowledge == "gradients"]
+        others = [one for one in _of(evaluation, norm) if one.result.knowledge != "gradients"]
+        for title, attacks in (("attacks with gradients", white), ("attacks without gradients", others)):
+            drawn.append(_errors(evaluation, norm, title, attacks, stability.get(norm)))
+        drawn.append(_robustness(evaluation, against, norm))
+    drawn.append(_passes(evaluation))
+    drawn += _histograms(evaluation)
+    drawn += [_tightness(evaluation, norm) for norm in NORMS]
+    return [figure for figure in drawn if figure is not None]
+
+
+def _of(evaluation: Evaluation, norm: Norm) -> list[Attacked]:
+    """Attacks on the classifier alone, whose errors are those of the classifier."""
+    return [one for one in evaluation.attacks if one.result.norm == norm and one.result.aware is None]
+
+
+def _errors(
+    evaluation: Evaluation,
+    norm: Norm,
+    title: str,
+    attacks: Sequence[Attacked],
+    stability: Mapping[str, Any] | None,
+) -> Figure | None:
+    """LIP Fig. 1: the share of images lost within a distance; points with intervals for fixed budgets."""
+    if not attacks:
+        return None
+    by_name: dict[str, list[Attacked]] = {}
+    for attack in attacks:
+        by_name.setdefault(attack.result.name, []).append(attack)
+    union = evaluation.nearest(norm)
+    reached = [one.lengths(norm)[one.success] for one in attacks] + [union[np.isfinite(union) & (union > 0)]]
+    budgets = [one.result.budget for one in attacks if one.result.budget is not None]
+    positive = np.concatenate([*reached, budgets])
+    if not (positive > 0).any():
+        return None
+    low = max(_FLOOR, float(np.quantile(positive[positive > 0], 0.01)))
+    high = float(positive.max())
+    if stability is not None:
+        high = max(high, _reach(stability))
+    across = plots.logarithmic(low, max(high, 2 * low), f"distance, {norm}")
+    frame = Frame(across, plots.shares("images lost"), height=260)
+    marks, legend = [], []
+    for series, (name, found) in zip(plots.SERIES, by_name.items(), strict=False):
+        sizes = sorted({one.n_considered for one in found})
+        legend.append((series, f"{name} (n = {', '.join(map(str, sizes))})"))
+        points = []
+        for one in found:
+            if one.result.budget is None:
+                marks.append(_lost(frame, one, series))
+            else:
+                points.append((one.result.budget, one.standing()))
+        points.sort(key=lambda pair: pair[0])
+        places = [(eps, 1 - standing.value) for eps, standing in points]
+        marks.append(plots.line(frame, places, series, dots=True))
+        marks.append(
+            plots.whiskers(frame, [(eps, 1 - one.upper, 1 - one.lower) for eps, one in points], series)
+        )
+    legend.append(("ink", f"all attacks of the run (n = {len(union)})"))
+    marks.append(plots.line(frame, _cumulative(union, across), "ink"))
+    left = [name for name in by_name if name not in list(by_name)[: len(plots.SERIES)]]
+    caption = (
+        "Images classified wrongly before any attack count as lost at every distance. Curves are attacks that "
+        "look for the nearest image, points those of a fixed budget, with 95% intervals."
+    )
+    if left:
+        caption += f" Not drawn: {', '.join(left)}."
+    if stability is not None:
+        eps, halfway = stability["stability"]["eps"], stability["stability"]["halfway"]
+        marks.append(plots.line(frame, [(e, s) for e, s in zip(eps, halfway, strict=True) if e > 0], "pale"))
+        legend.append(("pale", f"data stability of {stability['dataset']} (n = {stability['n']})"))
+        caption += (
+            " Data stability: the share of images that a perturbation so long takes half-way to an image of "
+            "another class, where no classifier can be right about both."
+        )
+    return Figure(f"Error against {norm} distance: {title}", frame.svg(marks, title), tuple(legend), caption)
+
+
+def _reach(stability: Mapping[str, Any]) -> float:
+    """Where half of the images are half-way to another class: as far as an axis need go."""
+    curve = stability["stability"]
+    far = [e for e, s in zip(curve["eps"], curve["halfway"], strict=True) if s >= 0.5 and e > 0]
+    return float(min(far, default=max(curve["eps"])))
+
+
+def _lost(frame: Frame, attack: Attacked, series: str) -> str:
+    found = np.sort(attack.distance()[attack.success])
+    eps = np.unique(np.concatenate([[frame.x.low], found[found >= frame.x.low], [frame.x.high]]))
+    eps = eps[eps <= frame.x.high * (1 + 1e-9)]
+    curve = list(zip(eps.tolist(), attack.errors_within(eps), strict=True))
+    return plots.line(frame, plots.stairs(curve), series)
+
+
+def _cumulative(distances: Values, across: plots.Axis, *, left: bool = False) -> Points:
+    """The share of distances at most eps (or, with `left`, beyond it), as stairs over an axis."""
+    ordered = np.sort(distances)
+    inside = ordered[(ordered > across.low) & (ordered < across.high)]
+    eps = np.unique(np.concatenate([[across.low], inside, [across.high]]))
+    within = np.searchsorted(ordered, eps, "right") / len(ordered)
+    curve = 1 - within if left else within
+    return plots.stairs(list(zip(eps.tolist(), curve.tolist(), strict=True)))
+
+
+def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) -> Figure | None:
+    """What stands at each distance under all attacks, with and without rejection."""
+    standings = [one for one in evaluation.results.standing if one.norm == norm]
+    budgets = [one.budget for one in standings]
+    if not budgets:
+        return None
+    across = plots.linear(0.0, 1.2 * max(budgets), f"distance, {norm}")
+    if norm == "linf":
+        top = 1.2 * max(budgets)
+        steps = plots.ticks(0.0, 255 * top)
+        across = plots.Axis(
+            0.0, steps[-1] / 255, tuple((step / 255, f"{step:g}/255") for step in steps), across.title
+        )
+    frame = Frame(across, plots.shares("images that stand"), height=260)
+    marks = [plots.line(frame, _cumulative(evaluation.nearest(norm), across, left=True), "ink")]
+    legend = [("ink", "right, without rejection")]
+    for series, score in zip(plots.SERIES, evaluation.results.scores, strict=False):
+        marks.append(
+            plots.line(frame, _cumulative(evaluation.fallen(norm, score), across, left=True), series)
+        )
+        legend.append((series, f"right and accepted, {score}"))
+        stands = [(one.budget, one.standing) for one in standings if one.score == score]
+        marks.append(plots.dots(frame, [(eps, stand.value) for eps, stand in stands], series, size=3))
+        marks.append(plots.whiskers(frame, [(eps, one.lower, one.upper) for eps, one in stands], series))
+    if against is not None:
+        marks.append(plots.line(frame, _cumulative(against.nearest(norm), across, left=True), "pale"))
+        legend.append(("pale", f"{against.results.bundle.get('name', 'the other')}, without rejection"))
+    n = evaluation.results.images
+    caption = (
+        f"Of n = {n} images, under all attacks of the run, each as far as it went; a fixed budget shows where "
+        "it was spent, so between budgets the curve is too high. Dots: the headline figures with their 95% "
+        "intervals, of the images that all attacks were run on."
+    )
+    return Figure(f"Robust accuracy in {norm}", frame.svg(marks, f"robust {norm}"), tuple(legend), caption)
+
+
+def _passes(evaluation: Evaluation) -> Figure | None:
+    """Median time of a successful attack in forward passes (LIP Table 3's calls)."""
+    rows = []
+    for attack in evaluation.attacks:
+        spent = np.asarray(attack.arrays["passes"], np.float64)[attack.success]
+        if len(spent) and np.median(spent) > 0:
+            low, middle, high = np.quantile(spent, (0.25, 0.5, 0.75))
+            rows.append((words.named(attack), float(low), float(middle), float(high), len(spent)))
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row[2])
+    lowest, highest = min(max(1.0, row[1]) for row in rows), max(row[3] for row in rows)
+    across = plots.logarithmic(lowest, max(highest, 2 * lowest), "forward passes per image")
+    upright = plots.Axis(len(rows) - 0.5, -0.5, tuple((place, row[0][:24]) for place, row in enumerate(rows)))
+    frame = Frame(across, upright, height=56 + 20 * len(rows))
+    marks = []
+    for place, (_, low, middle, high, _) in enumerate(rows):
+        marks.append(plots.line(frame, [(max(low, 1.0), place), (high, place)], "c0"))
+        marks.append(plots.dots(frame, [(middle, place)], "c0", size=4))
+    sizes = [row[4] for row in rows]
+    caption = (
+        "Median and middle half over the images that an attack broke "
+        f"(n = {min(sizes)} to {max(sizes)}); a gradient counts as two more passes."
+    )
+    return Figure("What an attack costs", frame.svg(marks, "forward passes"), (), caption)
+
+
+def _histograms(evaluation: Evaluation) -> Iterable[Figure]:
+    """LIPGEN Fig. 4: the Jacobian norm of clean and of attacked images, on one axis."""
+    sets: list[tuple[str, str, NDArray[Any], str]] = []
+    score = "jacobian"
+    clean = np.asarray(evaluation.clean["jacobian"], np.float64)
+    rejected = evaluation.results.rejected
+    said = f"; rejected: {words.share(rejected['jacobian'])}" if score in rejected else ""
+    sets.append(("clean", "c7", clean, f"n = {len(clean)}{said}"))
+    for series, kind in zip(plots.SERIES, SOURCES, strict=False):
+        attack = source_of(evaluation, kind)
+        if attack is not None:
+            norms = np.asarray(attack.arrays["jacobian"], np.float64)[attack.success]
+            found = attack.result.detection.get("jacobian")
+            text = f"{words.named(attack)}, n = {len(norms)}"
+            sets.append(
+                (kind, series, norms, text + (f"; rejected: {words.share(found.rejected)}" if found else ""))
+            )
+    values = np.concatenate([one for _, _, one, _ in sets])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return
+    threshold = evaluation.threshold()
+    low, high = float(np.quantile(values, 0.005)), float(values.max())
+    across = plots.logarithmic(max(low, high * 1e-4), high * 1.01, "Jacobian norm")
+    edges = np.geomspace(across.low, across.high, _BINS + 1)
+    for kind, series, norms, text in sets:
+        finite = np.clip(norms[np.isfinite(norms)], across.low, across.high)
+        if not len(finite):
+            continue
+        heights = np.histogram(finite, edges)[0] / len(finite)
+        frame = Frame(across, plots.linear(0.0, float(heights.max()), scale=100), height=150)
+        marks = [plots.bars(frame, edges.tolist(), heights.tolist(), series)]
+        if threshold is not None and across.low < threshold < across.high:
+            marks.append(plots.rule(frame, threshold, f"t = {threshold:.3g}"))
+        yield Figure(
+            f"Jacobian norm: {kind}",
+            frame.svg(marks, f"histogram of the Jacobian norm, {kind}"),
+            (),
+            f"% of images ({text}). What lies right of t is rejected by the score jacobian.",
+        )
+
+
+def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
+    """Radius against the smallest distance found, on images classified rightly."""
+    distance = evaluation.nearest(norm)
+    radius, what = evaluation.radius(norm)
+    shown: Flags = evaluation.right & np.isfinite(distance) & np.isfinite(radius)
+    if not shown.any():
+        return None
+    inside = shown & (distance < radius)
+    ends = float(np.quantile(np.concatenate([distance[shown], radius[shown]]), 0.995)) * 1.02
+    frame = Frame(plots.linear(0, ends, f"smallest distance found, {norm}"), plots.linear(0, ends, what))
+    limit = frame.x.high
+
+    def points(flags: Flags) -> Points:
+        clipped = np.minimum(distance[flags], limit), np.minimum(radius[flags], limit)
+        return list(zip(*(values.tolist() for values in clipped), strict=True))
+
+    marks = [
+        plots.line(frame, [(0, 0), (limit, limit)], "pale"),
+        plots.dots(frame, points(shown & ~inside), "c0"),
+        plots.dots(frame, points(inside), "c6", size=3),
+    ]
+    legend = (("c0 dot", "held"), ("c6 dot", "attacked inside"), ("pale", "radius = distance"))
+    found = f"n = {int(shown.sum())} images classified rightly, {int(inside.sum())} attacked inside."
+    if not evaluation.serves_radii(norm):
+        found += " The run holds no served radii: this is the first-order radius, margin over slope."
+    return Figure(f"Radius against {norm} distance", frame.svg(marks, f"tightness {norm}"), legend, found)

@@ -1,0 +1,136 @@
+"""What an evaluation amounts to, in plain words: the same for the page and for the model's card."""
+
+from guard.attacks import Norm
+from guard.bundle import ScoreName
+from guard.evaluation.report import words
+from guard.evaluation.report.reading import Evaluation, plain
+from guard.evaluation.results import Standing
+
+FAMILIES = {
+    "FGSM": ("fgsm",),
+    "I-FGSM": ("ifgsm", "iteratedfgsm"),
+    "gradient attack": ("gradient",),
+    "PGD": ("pgd",),
+    "APGD": ("apgd",),
+    "CW": ("cw", "carliniwagner"),
+    "LogBarrier": ("logbarrier",),
+    "DeepFool": ("deepfool",),
+    "DDN or FMN": ("ddn", "fmn"),
+    "Boundary": ("boundary",),
+    "HopSkipJump": ("hopskipjump",),
+    "Square": ("square",),
+    "AutoAttack": ("autoattack",),
+    "Wasserstein": ("wasserstein",),
+    "spatial": ("spatial", "flow", "stadv"),
+    "recolor": ("recolor",),
+    "JPEG": ("jpeg",),
+    "evasive CW": ("evasive",),
+    "joint PGD": ("jointpgd",),
+    "joint APGD": ("jointapgd",),
+    "high confidence": ("highconfidence",),
+    "over HTTP": ("http", "overhttp", "blackbox"),
+    "transfer": ("transfer",),
+    "noise": ("noise", "gaussian", "uniform"),
+    "corruptions": ("corruption",),
+}
+"""The attacks there are, by how their names begin, without hyphens."""
+
+
+def name(evaluation: Evaluation) -> str:
+    """The model's name."""
+    return str(evaluation.results.bundle.get("name", "this model"))
+
+
+def not_run(evaluation: Evaluation) -> list[str]:
+    """The families of attacks of which the run had none."""
+    names = [plain(result.name) for result in evaluation.results.attacks]
+    return [
+        family
+        for family, prefixes in FAMILIES.items()
+        if not any(one.startswith(prefix) for one in names for prefix in prefixes)
+    ]
+
+
+def knowing(evaluation: Evaluation, score: ScoreName) -> list[str]:
+    """Names of the attacks of the run that know a score and evade it."""
+    return sorted({one.name for one in evaluation.results.attacks if one.aware == score})
+
+
+def headline(evaluation: Evaluation) -> list[str]:
+    """What stands under all attacks by the served score, a sentence per norm, and what to make of it."""
+    results = evaluation.results
+    score = results.served
+    aware = knowing(evaluation, score)
+    said = []
+    for norm in ("l2", "linf"):
+        stands = [one for one in results.standing if one.score == score and one.norm == norm]
+        if stands:
+            parts = "; ".join(
+                f"{words.share(one.standing)} at {words.size(one.budget, norm)}" for one in stands
+            )
+            said.append(
+                f"In {norm}, images that are right and that {score} accepts, whatever the attacks of the run "
+                f"do: {parts}."
+            )
+    if results.standing:
+        clean = next((one.clean for one in results.standing if one.score == score), None)
+        said.append(f"The same without attack: {words.share(clean)}.")
+    if not aware:
+        said.append(
+            f"No attack of the run knows the score {score}: an attacker who does will leave less standing."
+        )
+    elif any(one.norm not in _norms_known(evaluation, score) for one in results.standing):
+        said.append(
+            "Attacks that know the detector were run in "
+            f"{' and '.join(sorted(_norms_known(evaluation, score)))} only: elsewhere a knowing attacker will "
+            "leave less standing."
+        )
+    return said
+
+
+def _norms_known(evaluation: Evaluation, score: ScoreName) -> set[str]:
+    return {one.norm for one in evaluation.results.attacks if one.aware == score and one.norm is not None}
+
+
+def price(evaluation: Evaluation) -> list[str]:
+    """What an attacker needs: the median distance to another class, and to one that is accepted."""
+    said = []
+    norms: tuple[Norm, Norm] = ("l2", "linf")
+    for norm in norms:
+        nearest = evaluation.nearest(norm)[evaluation.right]
+        if not any(one.result.norm == norm for one in evaluation.attacks):
+            continue
+        score = evaluation.results.served
+        kept = evaluation.right & evaluation.accepted(score)
+        accepted = evaluation.fallen(norm, score)[kept]
+        said.append(
+            f"{norm}: median smallest distance to another class {words.middle(nearest)}; to another class "
+            f"that {score} accepts, at the budgets tried, {words.middle(accepted)}."
+        )
+    return said
+
+
+def masking(evaluation: Evaluation) -> str:
+    """The masking checks in one sentence."""
+    checks = evaluation.results.checks
+    by = {
+        verdict: [one.name for one in checks if one.verdict == verdict]
+        for verdict in ("passed", "failed", "not run")
+    }
+    if not checks:
+        return "No check for gradient masking was run."
+    if by["failed"]:
+        return f"Signs of gradient masking: {', '.join(by['failed'])}. The figures may be too good."
+    if by["not run"]:
+        return (
+            f"No sign of gradient masking in {len(by['passed'])} checks; not run: {', '.join(by['not run'])}."
+        )
+    return f"No sign of gradient masking in {len(by['passed'])} checks."
+
+
+def worst(standing: Standing) -> str:
+    """The attack that brought most images down, and how many."""
+    if standing.worst is None:
+        return words.MISSING
+    fallen = standing.fallen.get(standing.worst)
+    return standing.worst if fallen is None else f"{standing.worst} ({fallen})"

@@ -1,0 +1,127 @@
+"""An evaluation as a section of a model's card."""
+
+from collections.abc import Iterable, Sequence
+
+from guard.evaluation.report import findings, words
+from guard.evaluation.report.reading import Evaluation
+
+HEADING = "## Attacks"
+
+
+def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
+    """The section, its heading first; `against` adds a column of another model's figures."""
+    both = [evaluation] if against is None else [evaluation, against]
+    results = evaluation.results
+    names = [findings.name(one) for one in both]
+    lines = [HEADING, ""]
+    for one, name in zip(both, names, strict=True):
+        on = one.results.data.get("name", "held-out images")
+        lines += [
+            (
+                f"{_escape(name)}: {one.results.images} images of `{on}`, {one.results.hardware}, "
+                f"{words.duration(one.results.seconds)}. 95% intervals in brackets."
+            ),
+            "",
+            f"    {one.results.command}",
+            "",
+        ]
+    lines += [f"- {_escape(sentence)}" for sentence in _verdict(evaluation)]
+    lines += ["", *_table(["", *names], _summary(both))]
+    lines += [
+        "",
+        "Right and accepted under every attack of the run, those that know the detector included:",
+        "",
+        *_table(["score, budget", *names, "without attack", "worst attack (images)"], _standing(both)),
+    ]
+    if results.checks:
+        rows = [[one.name, one.verdict, one.expected, one.found] for one in results.checks]
+        lines += ["", *_table(["gradient masking", "verdict", "expected", "found"], rows)]
+    if results.radii:
+        rows = [
+            [
+                words.radius(one) + (", served" if one.served else ""),
+                words.number(one.mean_radius),
+                words.number(one.mean_distance),
+                f"{one.tightness:.2f}",
+                words.violations(one),
+            ]
+            for one in results.radii
+        ]
+        head = ["radius (kind)", "mean", "mean smallest distance", "tightness", "attacked inside"]
+        lines += ["", *_table(head, rows)]
+    lines += ["", *_table(["attack", "knows", "success", "median distance"], _attacks(evaluation))]
+    lines += [
+        "",
+        (
+            "Detection of attacks that succeed, by attackers who mostly do not know the detector; it comes second "
+            "to the figures above, which count those who do:"
+        ),
+        "",
+        *_table(
+            ["attack", *(f"rejected by {score}; AUROC" for score in results.scores)], _detection(evaluation)
+        ),
+    ]
+    missing = findings.not_run(evaluation)
+    if missing:
+        lines += ["", f"Not run: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(evaluation: Evaluation) -> Iterable[str]:
+    yield from findings.headline(evaluation)
+    yield from (f"In {sentence}" for sentence in findings.price(evaluation))
+    yield findings.masking(evaluation)
+
+
+def _summary(both: Sequence[Evaluation]) -> Iterable[list[str]]:
+    yield ["clean accuracy", *(words.share(one.results.accuracy) for one in both)]
+    for score in both[0].results.scores:
+        cells = [words.share(one.results.rejected.get(score)) for one in both]
+        yield [f"clean images rejected by {score}", *cells]
+    yield ["mean Jacobian norm", *(words.mean(one.results.jacobian) for one in both)]
+
+
+def _standing(both: Sequence[Evaluation]) -> Iterable[list[str]]:
+    others = [
+        {(one.score, one.norm, round(one.budget, 6)): one for one in evaluation.results.standing}
+        for evaluation in both[1:]
+    ]
+    for one in both[0].results.standing:
+        twins = [known.get((one.score, one.norm, round(one.budget, 6))) for known in others]
+        yield [
+            f"{one.score}, {words.at(one.budget, one.norm)}",
+            words.share(one.standing),
+            *(words.share(None if twin is None else twin.standing) for twin in twins),
+            words.share(one.clean),
+            findings.worst(one),
+        ]
+
+
+def _attacks(evaluation: Evaluation) -> Iterable[list[str]]:
+    for one in evaluation.results.attacks:
+        knows = one.knowledge + (f", evades {one.aware}" if one.aware else "")
+        yield [words.attack(one), knows, words.share(one.success), words.median(one.distance)]
+
+
+def _detection(evaluation: Evaluation) -> Iterable[list[str]]:
+    for one in evaluation.results.attacks:
+        found = [one.detection.get(score) for score in evaluation.results.scores]
+        if any(found):
+            cells = [
+                words.MISSING if each is None else f"{words.share(each.rejected)}; {each.auroc:.3f}"
+                for each in found
+            ]
+            yield [words.attack(one) + (f" (knows {one.aware})" if one.aware else ""), *cells]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(map(_escape, head))} |", "|" + "---|" * len(head)]
+    return lines + [f"| {' | '.join(map(_escape, row))} |" for row in rows]
+
+
+def _escape(text: str) -> str:
+    """Text that stays text: no table, tag or line of Markdown starts in it."""
+    flat = " ".join(text.split())
+    for sign, code in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        flat = flat.replace(sign, code)
+    return flat

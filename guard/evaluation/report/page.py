@@ -1,0 +1,417 @@
+"""An evaluation as one HTML page: the verdict first, then figures, tables, a gallery, and how to read it.
+
+The page needs no script and no network, and is well-formed XML.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from guard import plots
+from guard.attacks import Norm
+from guard.evaluation.report import figures, findings, gallery, tables, words
+from guard.evaluation.report.reading import Evaluation
+
+Rows = Iterable[Sequence[str]]
+
+
+def page(
+    evaluation: Evaluation,
+    against: Evaluation | None = None,
+    stability: Mapping[Norm, Mapping[str, Any]] | None = None,
+) -> str:
+    """The page as text.
+
+    `against` is another model's evaluation, shown beside; `stability` holds by norm what `guard info
+    --dataset D --json` says of the data, whose curve is drawn with the errors.
+    """
+    both = [evaluation] if against is None else [evaluation, against]
+    name = escape(findings.name(evaluation))
+    sections = [
+        ("verdict", "Verdict", _verdict(both)),
+        ("figures", "Figures", _figures(evaluation, against, stability or {})),
+        ("attacks", "All attacks", _attacks(both)),
+        ("detection", "Detection of attacks, second", _detection(both)),
+        ("papers", "The papers' tables", _papers(both)),
+        ("gallery", "Gallery", _gallery(evaluation)),
+        ("methods", "Methods and definitions", _methods(evaluation)),
+    ]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    body = "\n".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in sections)
+    style = plots.STYLE + Path(__file__).with_name("page.css").read_text()
+    results = evaluation.results
+    data = escape(str(results.data.get("name", "held-out images")))
+    return f"""<!DOCTYPE html>
+<html lang="en" xmlns="http://www.w3.org/1999/xhtml">
+<head>
+<meta charset="utf-8" />
+<meta name="viewport" content="width=device-width, initial-scale=1" />
+<title>{name} under attack</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{name} under attack</h1>
+<p class="muted">{results.images:,} images of {data} · {len({one.name for one in results.attacks})} attacks ·
+{escape(results.hardware)} · {words.duration(results.seconds)}</p>
+{_from(both)}
+<nav>{links}</nav></header>
+<main>
+{body}
+</main>
+<footer>Brackets hold 95% intervals, n is the number of images behind a figure.</footer>
+</body>
+</html>
+"""
+
+
+def _from(both: Sequence[Evaluation]) -> str:
+    """The commands behind the numbers."""
+    return "".join(
+        f'<p class="from">{escape(findings.name(one))}: <code>{escape(one.results.command)}</code></p>'
+        for one in both
+    )
+
+
+def _table(caption: str, head: Sequence[str], rows: Rows, classes: Mapping[int, str] | None = None) -> str:
+    """A table whose cells are escaped here; `classes` of rows by number."""
+    columns = "".join(f"<th>{escape(text)}</th>" for text in head)
+    lines = []
+    for place, row in enumerate(rows):
+        kind = (classes or {}).get(place, "")
+        cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cell(text: str) -> str:
+    """A cell's text, escaped; intervals and numbers of images are not broken across lines."""
+    return re.sub(r"\[[^\]]*\]|\(n = \d+\)", lambda found: found[0].replace(" ", "\u00a0"), escape(text))
+
+
+def _verdict(both: Sequence[Evaluation]) -> str:
+    evaluation = both[0]
+    results = evaluation.results
+    sentences = [f"<p>{escape(text)}</p>" for text in findings.headline(evaluation)]
+    sentences += [f"<p>In {escape(text)}</p>" for text in findings.price(evaluation)]
+    sentences.append(f"<p>{escape(findings.masking(evaluation))}</p>")
+    parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(evaluation), _standing(both)]
+    missing = findings.not_run(evaluation)
+    if missing:
+        parts.append(
+            f"<p>Attacks not run: {escape(', '.join(missing))}. What they would find is unknown.</p>"
+        )
+    if results.over_rejection:
+        rows = [
+            [words.attack(one), one.title, words.share(one.success), words.median(one.distance), one.source]
+            for one in results.over_rejection
+        ]
+        head = ("attack", "title", "clean images made rejected", "median distance", "source")
+        parts.append(_table("The other way round: clean images that an attack makes rejected", head, rows))
+    parts.append(_checks(evaluation))
+    parts.append(_radii(both))
+    return "".join(parts)
+
+
+def _cards(evaluation: Evaluation) -> str:
+    results = evaluation.results
+    cards = [("clean accuracy", results.accuracy)]
+    cards += [
+        (f"clean images rejected by {score}{', served' if score == results.served else ''}", found)
+        for score, found in results.rejected.items()
+    ]
+    boxes = [
+        f"<div><span>{escape(title)}</span><b>{words.percent(found.value)}</b>"
+        f"<span>{escape(words.share(found))}</span></div>"
+        for title, found in cards
+    ]
+    boxes.append(
+        f"<div><span>mean Jacobian norm, clean</span><b>{words.number(results.jacobian.mean)}</b>"
+        f"<span>{escape(words.mean(results.jacobian))}; median {escape(words.median(results.jacobian))}"
+        "</span></div>"
+    )
+    return f'<div class="cards">{"".join(boxes)}</div>'
+
+
+def _standing(both: Sequence[Evaluation]) -> str:
+    """Robust accuracy with rejection, a row per score and budget; bars show the share."""
+    served = both[0].results.served
+    keyed = [
+        {(one.score, one.norm, round(one.budget, 6)): one for one in evaluation.results.standing}
+        for evaluation in both
+    ]
+    lines = []
+    for key in sorted(keyed[0], key=lambda key: (key[0] != served, key)):
+        one = keyed[0][key]
+        cells = [f"<td>{escape(one.score)}</td><td>{escape(words.at(one.budget, one.norm))}</td>"]
+        for known in keyed:
+            found = known.get(key)
+            if found is None:
+                cells.append(f"<td>{words.MISSING}</td><td>{words.MISSING}</td>")
+                continue
+            cells.append(
+                f'<td class="bar" style="--share: {100 * found.standing.value:.1f}%">'
+                f"{_cell(words.share(found.standing))}</td><td>{_cell(words.share(found.clean))}</td>"
+            )
+        fallen = ", ".join(f"{name} {count}" for name, count in _most(one.fallen))
+        cells.append(f"<td>{escape(one.worst or words.MISSING)}</td><td>{escape(fallen)}</td>")
+        kind = ' class="served"' if one.score == served else ""
+        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    if not lines:
+        return '<p class="warn">The run states no robust accuracy with rejection.</p>'
+    names = [findings.name(evaluation) for evaluation in both]
+    head = ["score", "budget"]
+    for name in names:
+        of = f", {name}" if len(both) > 1 else ""
+        head += [f"right and accepted under attack{of}", f"without attack{of}"]
+    columns = "".join(
+        f"<th>{escape(text)}</th>" for text in [*head, "worst", "images brought down, by attack"]
+    )
+    unknown = [score for score in both[0].results.scores if not findings.knowing(both[0], score)]
+    warning = (
+        f'<p class="warn">No attack of the run knows {escape(" or ".join(unknown))}: with '
+        f"{'this score' if len(unknown) == 1 else 'these scores'} an attacker who does will leave less "
+        "standing.</p>"
+        if unknown
+        else ""
+    )
+    return (
+        '<div class="scroll"><table><caption>Robust accuracy with rejection, under all attacks of the run'
+        f"</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{warning}"
+    )
+
+
+def _most(fallen: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(fallen.items(), key=lambda pair: -pair[1])
+
+
+def _checks(evaluation: Evaluation) -> str:
+    checks = evaluation.results.checks
+    if not checks:
+        return '<p class="warn">No check for gradient masking was run.</p>'
+    lines = []
+    for one in checks:
+        numbers = ", ".join(f"{name} {words.number(value)}" for name, value in one.numbers.items())
+        chip = f'<span class="chip {one.verdict.replace(" ", "-")}">{one.verdict}</span>'
+        lines.append(
+            f"<tr><td>{escape(one.name)}</td><td>{chip}</td><td>{escape(one.expected)}</td>"
+            f"<td>{escape(one.found)}</td><td>{escape(numbers)}</td></tr>"
+        )
+    columns = "".join(f"<th>{text}</th>" for text in ("check", "verdict", "expected", "found", "numbers"))
+    return (
+        '<div class="scroll"><table><caption>Is a defence hiding its gradients?</caption>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _radii(both: Sequence[Evaluation]) -> str:
+    rows, classes = [], {}
+    for evaluation in both:
+        for one in evaluation.results.radii:
+            if one.served:
+                classes[len(rows)] = "served"
+            rows.append(
+                [
+                    *([findings.name(evaluation)] if len(both) > 1 else []),
+                    words.radius(one) + (", served" if one.served else ""),
+                    words.KINDS.get(one.kind, one.kind),
+                    words.violations(one),
+                    words.number(one.mean_radius),
+                    words.number(one.mean_distance),
+                    f"{one.tightness:.2f}",
+                ]
+            )
+    if not rows:
+        return "<p>The run audited no radii.</p>"
+    head = ["radius", "what it is", "attacked inside", "mean radius", "mean smallest distance", "tightness"]
+    return _table(
+        "Radii under the union of all attacks", ["model", *head] if len(both) > 1 else head, rows, classes
+    )
+
+
+def _figures(
+    evaluation: Evaluation, against: Evaluation | None, stability: Mapping[Norm, Mapping[str, Any]]
+) -> str:
+    drawn = []
+    for figure in figures.figures(evaluation, against, stability):
+        legend = "".join(f'<li class="{series}">{escape(text)}</li>' for series, text in figure.legend)
+        keys = f'<ul class="legend">{legend}</ul>' if legend else ""
+        drawn.append(
+            f"<figure><h3>{escape(figure.title)}</h3>{keys}{figure.svg}"
+            f"<figcaption><p>{escape(figure.caption)}</p></figcaption></figure>"
+        )
+    note = (
+        ""
+        if stability
+        else '<p class="muted">The data-stability curve is drawn with <code>--stability</code>.</p>'
+    )
+    return f'{_from([evaluation])}<div class="figures">{"".join(drawn)}</div>{note}'
+
+
+def _attacks(both: Sequence[Evaluation]) -> str:
+    head = ("attack", "title", "budget", "knows", "success", "median distance", "mean distance")
+    head = (*head, "forward passes", "time", "source")
+    parts = []
+    for evaluation in both:
+        rows = [
+            [
+                one.name,
+                one.title,
+                f"{words.at(one.budget, one.norm)}{'' if one.unit == 'pixel values' else ', ' + one.unit}",
+                one.knowledge + (f", evades {one.aware}" if one.aware else ""),
+                words.share(one.success),
+                words.median(one.distance),
+                words.mean(one.distance),
+                words.number(one.passes),
+                words.duration(one.seconds),
+                one.source,
+            ]
+            for one in evaluation.results.attacks
+        ]
+        parts.append(_from([evaluation]))
+        parts.append(_table(f"Attacks on {findings.name(evaluation)}", head, rows))
+    note = (
+        "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
+        "accepts and succeed where the image is wrong and accepted. Forward passes are the mean per image.</p>"
+    )
+    return note + "".join(parts)
+
+
+def _detection(both: Sequence[Evaluation]) -> str:
+    parts = [
+        (
+            "<p>The share of successful attacks that a score rejects, and how well it tells them from clean images "
+            "(AUROC). Attacks that do not evade the score know nothing of it: for them these are figures of the "
+            "careless attacker, not of the detector's worth, which the robust accuracy above states.</p>"
+        )
+    ]
+    for evaluation in both:
+        scores = evaluation.results.scores
+        rows = []
+        for one in evaluation.results.attacks:
+            cells = []
+            for score in scores:
+                found = one.detection.get(score)
+                text = words.MISSING if found is None else f"{words.share(found.rejected)}; {found.auroc:.3f}"
+                cells.append(text)
+            if one.detection:
+                rows.append(
+                    [words.attack(one), f"evades {one.aware}" if one.aware else "no detector", *cells]
+                )
+        head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
+        parts.append(_from([evaluation]))
+        parts.append(_table(f"Detection, {findings.name(evaluation)}", head, rows))
+    return "".join(parts)
+
+
+def _papers(both: Sequence[Evaluation]) -> str:
+    parts = [
+        (
+            "<p>Published figures as printed, ours below them in bold. Networks, training and attacks differ; "
+            f"notes say what else does. {words.MISSING} is what was not run or not published.</p>"
+        ),
+        _from(both),
+    ]
+    for table in tables.tables(both):
+        classes = {place: "ours" for place, row in enumerate(table.rows) if row.ours}
+        rows = [[row.name, *row.cells] for row in table.rows]
+        parts.append(_table(f"{table.name}: {table.title}", table.columns, rows, classes))
+        parts += [f'<p class="muted">{escape(note)}</p>' for note in table.notes]
+    return "".join(parts)
+
+
+def _gallery(evaluation: Evaluation) -> str:
+    parts = []
+    for exhibit in gallery.exhibits(evaluation):
+        result = exhibit.attack.result
+        known = f", which evades {result.aware}" if result.aware else ""
+        heading = f"{words.attack(result)}{known}: original, attacked, difference × {exhibit.gain:g}"
+        twins = "".join(_twin(twin) for twin in exhibit.twins)
+        parts.append(f'<h3>{escape(heading)}</h3><div class="twins">{twins}</div>')
+    return "".join(parts) or "<p>No attack succeeded on the images that were kept.</p>"
+
+
+def _twin(twin: gallery.Twin) -> str:
+    pictures = "".join(
+        f'<img src="{uri}" alt="{escape(what)}" />'
+        for uri, what in (
+            (twin.original, f"original: {twin.before}"),
+            (twin.attacked, f"attacked: {twin.after}"),
+            (twin.difference, "difference"),
+        )
+    )
+    chips = "".join(f' <span class="chip failed">accepted by {escape(one)}</span>' for one in twin.accepted)
+    chips += "".join(f' <span class="chip passed">rejected by {escape(one)}</span>' for one in twin.rejected)
+    text = (
+        f"{twin.before} → {twin.after}, l2 {words.number(twin.l2)}, linf {words.number(255 * twin.linf)}/255"
+    )
+    return f'<div class="twin"><div>{pictures}</div><p>{escape(text)}{chips}</p></div>'
+
+
+def _methods(evaluation: Evaluation) -> str:
+    results = evaluation.results
+    definitions = [
+        (
+            "Robust accuracy with rejection",
+            (
+                "The share of all images that are accepted and right when clean, and for which no attack of the run "
+                "found an accepted image of another class within the budget. Rejecting everything does not help."
+            ),
+        ),
+        (
+            "Budgets and distances",
+            (
+                "Lengths of the perturbation in pixels of the model's input, which lie in [0, 1]; attacked images "
+                "stay in [0, 1]."
+            ),
+        ),
+        (
+            "Scores",
+            (
+                "What an image is rejected by, each calibrated to the same share of clean images. jacobian is the "
+                "longest row of the Jacobian of the probabilities (LIPGEN 7.1), radius the margin's slope over the "
+                "margin, combined both at one joint level."
+            ),
+        ),
+        (
+            "Attacks that know the detector",
+            (
+                "They follow the served decision and count as successful only where the image is wrong and "
+                "accepted. Detection of attacks that do not is reported apart and says little."
+            ),
+        ),
+        ("Intervals", "Of shares: Clopper-Pearson, exact. Of medians: order statistics. Of means: 1.96 s.e."),
+        (
+            "Kinds of radius",
+            ". ".join(f"{kind}: {meaning}" for kind, meaning in words.KINDS.items())
+            + ". Tightness is the mean radius over the mean smallest distance that any attack found.",
+        ),
+        (
+            "Gradient masking",
+            (
+                "A defence can look strong because attacks cannot follow its gradients. The checks compare attacks "
+                "that must be ordered where it does not."
+            ),
+        ),
+    ]
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in definitions)
+    facts = {
+        "data": results.data,
+        "bundle": {key: value for key, value in results.bundle.items() if key != "class_names"},
+        "settings": results.settings,
+        **results.provenance,
+    }
+    rows = [[key, _plain(value)] for key, value in facts.items()]
+    return f"<dl>{terms}</dl>{_table('The run', ('what', 'value'), rows)}{_from([evaluation])}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(inner) for inner in value)
+    return str(value)

@@ -1,0 +1,238 @@
+"""A results folder as `guard evaluate` leaves it, checked, and what follows from its arrays."""
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from guard.attacks import Norm
+from guard.bundle import ScoreName, Share
+from guard.errors import DataError
+from guard.evaluation.results import ARRAYS, CLEAN, CLEAN_FILE, RESULTS, AttackResult, Results
+from guard.statistics import clopper_pearson
+
+Arrays = Mapping[str, NDArray[Any]]
+Flags = NDArray[np.bool_]
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One attack at one budget: what `results.json` says of it, and its arrays over the n images it ran on.
+
+    `n_considered` is how many of the evaluated images these stand for: an attack that was given the first k
+    ran on those of them that were right.
+    """
+
+    result: AttackResult
+    arrays: Arrays
+    n_considered: int
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Numbers (n,) of the attacked images among the evaluated ones."""
+        return np.asarray(self.arrays["row"], np.int64)
+
+    @property
+    def success(self) -> Flags:
+        """Which attacks succeeded, as the attack counts it (n,)."""
+        return np.asarray(self.arrays["success"], np.bool_)
+
+    def lengths(self, norm: Norm) -> Values:
+        """How far the attack went in a norm (n,), infinite where it failed."""
+        return np.where(self.success, np.asarray(self.arrays[norm], np.float64), np.inf)
+
+    def distance(self) -> Values:
+        """The attack's own distance (n,), infinite where it failed."""
+        return np.where(self.success, np.asarray(self.arrays["distance"], np.float64), np.inf)
+
+    def accepted(self, score: ScoreName) -> Flags:
+        """Which attacked images are wrong and accepted under a score (n,)."""
+        return self.success & np.asarray(self.arrays[f"accepted_{score}"], np.bool_)
+
+    def standing(self) -> Share:
+        """The share of the considered images that are right and stay so under this attack alone.
+
+        For an attack that knows the detector: right and accepted, and no wrong and accepted image found.
+        """
+        return share(len(self.rows) - int(self.success.sum()), self.n_considered)
+
+    def errors_within(self, eps: Iterable[float]) -> list[float]:
+        """The share of considered images that are lost at distance eps: wrong already, or attacked within."""
+        lost = np.sort(self.distance()[self.success])
+        before = self.n_considered - len(self.rows)
+        return [(before + int(np.searchsorted(lost, e, "right"))) / self.n_considered for e in eps]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A results folder in memory; `attacks` are in the order of `results.attacks`."""
+
+    folder: Path
+    results: Results
+    clean: Arrays
+    attacks: tuple[Attacked, ...]
+
+    @cached_property
+    def right(self) -> Flags:
+        """Which evaluated images are classified rightly (N,)."""
+        return np.asarray(self.clean["logits"].argmax(axis=1) == self.clean["label"], np.bool_)
+
+    def accepted(self, score: ScoreName) -> Flags:
+        """Which evaluated images a score accepts (N,)."""
+        return np.asarray(self.clean[f"accepted_{score}"], np.bool_)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the model tells apart."""
+        return int(self.clean["logits"].shape[1])
+
+    def nearest(self, norm: Norm) -> Values:
+        """Smallest distance at which any attack found another class (N,): 0 where wrong already, else inf."""
+        return self._smallest(norm, None)
+
+    def fallen(self, norm: Norm, score: ScoreName) -> Values:
+        """Smallest distance of a wrong image that the score accepts (N,): 0 where wrong or rejected clean."""
+        return self._smallest(norm, score)
+
+    def _smallest(self, norm: Norm, score: ScoreName | None) -> Values:
+        lost = ~self.right if score is None else ~(self.right & self.accepted(score))
+        smallest = np.where(lost, 0.0, np.inf)
+        for attack in self.attacks:
+            lengths = attack.lengths(norm)
+            if score is not None:
+                lengths = np.where(attack.accepted(score), lengths, np.inf)
+            np.minimum.at(smallest, attack.rows, lengths)
+        return smallest
+
+    def radius(self, norm: Norm) -> tuple[Values, str]:
+        """A radius per evaluated image (N,) and what it is: the served one, else the first-order radius."""
+        if f"radius_{norm}" in self.clean:
+            return np.asarray(self.clean[f"radius_{norm}"], np.float64), "radius as served"
+        margin = np.asarray(self.clean["margin"], np.float64)
+        slope = np.asarray(self.clean["gradient_l2" if norm == "l2" else "gradient_l1"], np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(slope > 0, margin / slope, np.inf), "first-order radius (estimate)"
+
+    def serves_radii(self, norm: Norm) -> bool:
+        """Whether the folder holds the served radius of every image."""
+        return f"radius_{norm}" in self.clean
+
+    def threshold(self) -> float | None:
+        """The threshold of the Jacobian norm, if it is known or the clean images tell it."""
+        known = self.results.bundle.get("thresholds")
+        if isinstance(known, dict) and isinstance(known.get("jacobian"), int | float):
+            return float(known["jacobian"])
+        if "jacobian" not in self.results.scores:
+            return None
+        norms, accepted = np.asarray(self.clean["jacobian"], np.float64), self.accepted("jacobian")
+        return float(norms[accepted].max()) if accepted.any() and not accepted.all() else None
+
+    def find(
+        self, *prefixes: str, norm: Norm | None = None, budget: float | Literal["any"] | None = "any"
+    ) -> list[Attacked]:
+        """The attacks whose name starts with one of the prefixes, by the order of these."""
+        found = []
+        for prefix in prefixes:
+            for attack in self.attacks:
+                result = attack.result
+                fits = plain(result.name).startswith(plain(prefix)) and norm in (None, result.norm)
+                if fits and (budget == "any" or same(result.budget, budget)) and attack not in found:
+                    found.append(attack)
+        return found
+
+
+def plain(name: str) -> str:
+    """A name without the signs that people put into it in different ways."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def same(one: float | None, other: float | None) -> bool:
+    """Whether two budgets are the same number, up to rounding."""
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+
+
+def share(count: int, n: int) -> Share:
+    """A count with its exact 95% interval."""
+    interval = clopper_pearson(count, n)
+    return Share(count=count, n=n, value=count / n, lower=interval.lower, upper=interval.upper)
+
+
+def read(folder: Path) -> Evaluation:
+    """Reads and checks a results folder; raises `DataError` that says which part is missing or broken."""
+    path = folder / RESULTS
+    try:
+        results = Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); expected the folder that guard evaluate wrote. "
+            "Give that one, or run: guard evaluate --val DATA --out FOLDER"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(
+            f"{path}: {where}: {first['msg']}. The file is corrupt or of another version of guard; run guard "
+            "evaluate again."
+        ) from error
+    judged = tuple(f"accepted_{score}" for score in results.scores)
+    clean = _arrays(folder / CLEAN_FILE, (*CLEAN, *judged))
+    count = len(clean["label"])
+    if count != results.images:
+        raise DataError(
+            f"{folder / CLEAN_FILE}: holds {count} images, {path} speaks of {results.images}. They belong to "
+            "different runs; run guard evaluate again."
+        )
+    right = clean["logits"].argmax(axis=1) == clean["label"]
+    attacks = []
+    for result in results.attacks:
+        arrays = _arrays(folder / result.file, (*ARRAYS, *judged))
+        rows = arrays["row"]
+        if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
+            raise DataError(
+                f"{folder / result.file}: its rows are not the {result.n} of {count} images that {path} "
+                "speaks of. They belong to different runs; run guard evaluate again."
+            )
+        eligible = right if result.aware is None else right & clean[f"accepted_{result.aware}"]
+        attacks.append(Attacked(result, arrays, _considered(rows, eligible, result)))
+    return Evaluation(folder, results, clean, tuple(attacks))
+
+
+def _considered(rows: NDArray[Any], eligible: NDArray[Any], result: AttackResult) -> int:
+    """How many evaluated images the attacked ones stand for: all before the next one it could have taken."""
+    given = result.settings.get("images")
+    if isinstance(given, int) and len(rows) <= given <= len(eligible):
+        return given
+    beyond = np.flatnonzero(eligible[rows.max(initial=-1) + 1 :])
+    return int(rows.max(initial=-1) + 1 + beyond[0]) if len(beyond) else len(eligible)
+
+
+def _arrays(path: Path, names: Iterable[str]) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: is missing, though {RESULTS} names it. Run the same guard evaluate again: it goes on "
+            "where it stopped."
+        ) from error
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{path}: is no .npz file that can be read ({error}). Delete it and run the same guard evaluate "
+            "again."
+        ) from error
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path}: holds no {', '.join(missing)}; expected what this version of guard evaluate writes. "
+            "Run guard evaluate again."
+        )
+    return arrays
