@@ -71,7 +71,7 @@ svg g path.bars, svg g path.band {{ stroke-dasharray: none; }}
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to another value `high`; `ticks` are (value, text). A logarithmic one needs 0 < low < high."""
+    """From `low` to another value `high`; `ticks` are (value, text). Logarithmic ones need 0 < low < high."""
 
     low: float
     high: float

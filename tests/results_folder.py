@@ -78,11 +78,9 @@ class Folder:
     clean: Arrays = field(init=False)
 
     def __post_init__(self) -> None:
-        self.clean = {
-            "index": np.arange(len(self.images)),
-            "label": self.labels,
-            "image": self.images[:GALLERY],
-        } | self.measure(self.images)
+        self.clean = self.measure(self.images)
+        self.clean["index"] = np.arange(len(self.images))
+        self.clean["label"], self.clean["image"] = self.labels, self.images[:GALLERY]
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -157,7 +155,8 @@ class Folder:
 
     def standing(self, score: ScoreName, norm: Norm, budget: float) -> Standing:
         kept = self.right & self.clean[f"accepted_{score}"]
-        left, fallen = kept.copy(), {}
+        left = kept.copy()
+        fallen: dict[str, int] = {}
         for result, arrays in zip(self.attacks, self.arrays, strict=True):
             down = arrays["success"] & arrays[f"accepted_{score}"] & (arrays[norm] <= budget * (1 + 1e-6))
             rows = arrays["row"][down]

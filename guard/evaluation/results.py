@@ -25,7 +25,8 @@ MEASURED = ("logits", "margin", "gradient_l2", "gradient_l1", "jacobian")
 
 CLEAN = ("index", "label", "image", *MEASURED)
 """Dataset index (N,), true class (N,), the first `GALLERY` images (C, H, W) float32, measurements (N, ...);
-and `accepted_SCORE` (N,) for every score judged."""
+and `accepted_SCORE` (N,) for every score judged. `radius_l2` and `radius_linf` (N,), the served radii before
+rejection, may be there."""
 
 ARRAYS = ("row", "success", "distance", "l2", "linf", "passes", "image", *MEASURED)
 """`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it;
@@ -119,7 +120,11 @@ class RadiusAudit(Record):
 
 
 class Results(Record):
-    """`results.json`."""
+    """`results.json`.
+
+    `bundle` holds `name` and `digest`, and may hold `class_names` and `thresholds` by score; `data` holds
+    `name`.
+    """
 
     schema_version: Literal[1] = 1
     command: str

@@ -97,8 +97,8 @@ def _errors(
     marks.append(plots.line(frame, _cumulative(union, across), "ink"))
     left = [name for name in by_name if name not in list(by_name)[: len(plots.SERIES)]]
     caption = (
-        "Images classified wrongly before any attack count as lost at every distance. Curves are attacks that "
-        "look for the nearest image, points those of a fixed budget, with 95% intervals."
+        "Images classified wrongly before any attack count as lost at every distance. Curves are attacks "
+        "that look for the nearest image, points those of a fixed budget, with 95% intervals."
     )
     if left:
         caption += f" Not drawn: {', '.join(left)}."
@@ -142,7 +142,7 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
     """What stands at each distance under all attacks, with and without rejection."""
     standings = [one for one in evaluation.results.standing if one.norm == norm]
     budgets = [one.budget for one in standings]
-    if not budgets:
+    if not budgets or not evaluation.attacked_in(norm):
         return None
     across = plots.linear(0.0, 1.2 * max(budgets), f"distance, {norm}")
     if norm == "linf":
@@ -167,9 +167,9 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
         legend.append(("pale", f"{against.results.bundle.get('name', 'the other')}, without rejection"))
     n = evaluation.results.images
     caption = (
-        f"Of n = {n} images, under all attacks of the run, each as far as it went; a fixed budget shows where "
-        "it was spent, so between budgets the curve is too high. Dots: the headline figures with their 95% "
-        "intervals, of the images that all attacks were run on."
+        f"Of n = {n} images, under all attacks of the run, each as far as it went; a fixed budget shows "
+        "where it was spent, so between budgets the curve is too high. Dots: the figures of the verdict, "
+        "with their 95% intervals."
     )
     return Figure(f"Robust accuracy in {norm}", frame.svg(marks, f"robust {norm}"), tuple(legend), caption)
 
@@ -248,7 +248,7 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
     distance = evaluation.nearest(norm)
     radius, what = evaluation.radius(norm)
     shown: Flags = evaluation.right & np.isfinite(distance) & np.isfinite(radius)
-    if not shown.any():
+    if not shown.any() or not evaluation.attacked_in(norm):
         return None
     inside = shown & (distance < radius)
     ends = float(np.quantile(np.concatenate([distance[shown], radius[shown]]), 0.995)) * 1.02

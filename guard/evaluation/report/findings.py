@@ -81,9 +81,8 @@ def headline(evaluation: Evaluation) -> list[str]:
         )
     elif any(one.norm not in _norms_known(evaluation, score) for one in results.standing):
         said.append(
-            "Attacks that know the detector were run in "
-            f"{' and '.join(sorted(_norms_known(evaluation, score)))} only: elsewhere a knowing attacker will "
-            "leave less standing."
+            f"Attacks that know {score} were run in {', '.join(sorted(_norms_known(evaluation, score)))} "
+            "only: elsewhere a knowing attacker will leave less standing."
         )
     return said
 
@@ -98,7 +97,7 @@ def price(evaluation: Evaluation) -> list[str]:
     norms: tuple[Norm, Norm] = ("l2", "linf")
     for norm in norms:
         nearest = evaluation.nearest(norm)[evaluation.right]
-        if not any(one.result.norm == norm for one in evaluation.attacks):
+        if not evaluation.attacked_in(norm):
             continue
         score = evaluation.results.served
         kept = evaluation.right & evaluation.accepted(score)

@@ -18,7 +18,7 @@ _IMAGES = 4
 
 @dataclass(frozen=True)
 class Twin:
-    """Three pictures as data URIs, the classes before and after, how far apart, and which scores accept it."""
+    """Three pictures as data URIs, the classes before and after, how far apart, and the scores' verdicts."""
 
     original: str
     attacked: str

@@ -15,14 +15,14 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     names = [findings.name(one) for one in both]
     lines = [HEADING, ""]
     for one, name in zip(both, names, strict=True):
-        on = one.results.data.get("name", "held-out images")
+        on, hardware = _escape(str(one.results.data.get("name", "?"))), _escape(one.results.hardware)
         lines += [
             (
-                f"{_escape(name)}: {one.results.images} images of `{on}`, {one.results.hardware}, "
+                f"{_escape(name)}: {one.results.images} images of {on}, {hardware}, "
                 f"{words.duration(one.results.seconds)}. 95% intervals in brackets."
             ),
             "",
-            f"    {one.results.command}",
+            f"    {' '.join(one.results.command.split())}",
             "",
         ]
     lines += [f"- {_escape(sentence)}" for sentence in _verdict(evaluation)]
@@ -53,8 +53,8 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     lines += [
         "",
         (
-            "Detection of attacks that succeed, by attackers who mostly do not know the detector; it comes second "
-            "to the figures above, which count those who do:"
+            "Detection of attacks that succeed, most of which know nothing of the detector; it comes second "
+            "to the figures above, which count those that do:"
         ),
         "",
         *_table(

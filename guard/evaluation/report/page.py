@@ -96,9 +96,11 @@ def _cell(text: str) -> str:
 def _verdict(both: Sequence[Evaluation]) -> str:
     evaluation = both[0]
     results = evaluation.results
-    sentences = [f"<p>{escape(text)}</p>" for text in findings.headline(evaluation)]
-    sentences += [f"<p>In {escape(text)}</p>" for text in findings.price(evaluation)]
-    sentences.append(f"<p>{escape(findings.masking(evaluation))}</p>")
+    sentences = [f"<p>{_cell(text)}</p>" for text in findings.headline(evaluation)]
+    sentences += [f"<p>In {_cell(text)}</p>" for text in findings.price(evaluation)]
+    failed = any(one.verdict == "failed" for one in results.checks)
+    kind = ' class="warn"' if failed or not results.checks else ""
+    sentences.append(f"<p{kind}>{_cell(findings.masking(evaluation))}</p>")
     parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(evaluation), _standing(both)]
     missing = findings.not_run(evaluation)
     if missing:
@@ -209,7 +211,8 @@ def _checks(evaluation: Evaluation) -> str:
 
 
 def _radii(both: Sequence[Evaluation]) -> str:
-    rows, classes = [], {}
+    rows: list[list[str]] = []
+    classes: dict[int, str] = {}
     for evaluation in both:
         for one in evaluation.results.radii:
             if one.served:
@@ -218,7 +221,6 @@ def _radii(both: Sequence[Evaluation]) -> str:
                 [
                     *([findings.name(evaluation)] if len(both) > 1 else []),
                     words.radius(one) + (", served" if one.served else ""),
-                    words.KINDS.get(one.kind, one.kind),
                     words.violations(one),
                     words.number(one.mean_radius),
                     words.number(one.mean_distance),
@@ -227,10 +229,12 @@ def _radii(both: Sequence[Evaluation]) -> str:
             )
     if not rows:
         return "<p>The run audited no radii.</p>"
-    head = ["radius", "what it is", "attacked inside", "mean radius", "mean smallest distance", "tightness"]
-    return _table(
-        "Radii under the union of all attacks", ["model", *head] if len(both) > 1 else head, rows, classes
-    )
+    head = ["radius", "attacked inside", "mean radius", "mean smallest distance", "tightness"]
+    kinds = dict.fromkeys(one.kind for evaluation in both for one in evaluation.results.radii)
+    meant = "; ".join(f"{kind}: {words.KINDS.get(kind, 'of a kind unknown here')}" for kind in kinds)
+    head = ["model", *head] if len(both) > 1 else head
+    table = _table("Radii under the union of all attacks", head, rows, classes)
+    return f'{table}<p class="muted">What a radius is. {escape(meant)}.</p>'
 
 
 def _figures(
@@ -253,8 +257,8 @@ def _figures(
 
 
 def _attacks(both: Sequence[Evaluation]) -> str:
-    head = ("attack", "title", "budget", "knows", "success", "median distance", "mean distance")
-    head = (*head, "forward passes", "time", "source")
+    head = ["attack", "title", "budget", "knows", "success", "median distance", "mean distance"]
+    head += ["forward passes", "time", "source"]
     parts = []
     for evaluation in both:
         rows = [
@@ -276,7 +280,7 @@ def _attacks(both: Sequence[Evaluation]) -> str:
         parts.append(_table(f"Attacks on {findings.name(evaluation)}", head, rows))
     note = (
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
-        "accepts and succeed where the image is wrong and accepted. Forward passes are the mean per image.</p>"
+        "accepts, and succeed where the image is wrong and accepted. Forward passes are means.</p>"
     )
     return note + "".join(parts)
 
@@ -284,9 +288,9 @@ def _attacks(both: Sequence[Evaluation]) -> str:
 def _detection(both: Sequence[Evaluation]) -> str:
     parts = [
         (
-            "<p>The share of successful attacks that a score rejects, and how well it tells them from clean images "
-            "(AUROC). Attacks that do not evade the score know nothing of it: for them these are figures of the "
-            "careless attacker, not of the detector's worth, which the robust accuracy above states.</p>"
+            "<p>The share of successful attacks that a score rejects, and how well it tells them from clean "
+            "images (AUROC). Attacks that do not evade the score know nothing of it: these are figures of "
+            "the careless attacker, not of the detector's worth, which the robust accuracy above states.</p>"
         )
     ]
     for evaluation in both:
@@ -311,8 +315,8 @@ def _detection(both: Sequence[Evaluation]) -> str:
 def _papers(both: Sequence[Evaluation]) -> str:
     parts = [
         (
-            "<p>Published figures as printed, ours below them in bold. Networks, training and attacks differ; "
-            f"notes say what else does. {words.MISSING} is what was not run or not published.</p>"
+            "<p>Published figures as printed, ours below them in bold. Networks, training and attacks "
+            f"differ; notes say what else does. {words.MISSING} is what was not run or not published.</p>"
         ),
         _from(both),
     ]
@@ -358,23 +362,23 @@ def _methods(evaluation: Evaluation) -> str:
         (
             "Robust accuracy with rejection",
             (
-                "The share of all images that are accepted and right when clean, and for which no attack of the run "
-                "found an accepted image of another class within the budget. Rejecting everything does not help."
+                "The share of all images that are accepted and right when clean, and for which no attack "
+                "of the run found an accepted image of another class within the budget."
             ),
         ),
         (
             "Budgets and distances",
             (
-                "Lengths of the perturbation in pixels of the model's input, which lie in [0, 1]; attacked images "
-                "stay in [0, 1]."
+                "Lengths of the perturbation in pixels of the model's input, which lie in [0, 1], as those "
+                "of attacked images do."
             ),
         ),
         (
             "Scores",
             (
-                "What an image is rejected by, each calibrated to the same share of clean images. jacobian is the "
-                "longest row of the Jacobian of the probabilities (LIPGEN 7.1), radius the margin's slope over the "
-                "margin, combined both at one joint level."
+                "What an image is rejected by, each calibrated to the same share of clean images. jacobian "
+                "is the longest row of the Jacobian of the probabilities (LIPGEN 7.1), radius the margin's "
+                "slope over the margin, combined both at one joint level."
             ),
         ),
         (
@@ -393,8 +397,8 @@ def _methods(evaluation: Evaluation) -> str:
         (
             "Gradient masking",
             (
-                "A defence can look strong because attacks cannot follow its gradients. The checks compare attacks "
-                "that must be ordered where it does not."
+                "A defence can look strong because attacks cannot follow its gradients. The checks compare "
+                "attacks whose order is known where they can."
             ),
         ),
     ]

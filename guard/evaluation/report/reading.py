@@ -93,6 +93,10 @@ class Evaluation:
         """How many classes the model tells apart."""
         return int(self.clean["logits"].shape[1])
 
+    def attacked_in(self, norm: Norm) -> bool:
+        """Whether any attack of the run was made for a norm: else its smallest distance says nothing."""
+        return any(attack.result.norm == norm for attack in self.attacks)
+
     def nearest(self, norm: Norm) -> Values:
         """Smallest distance at which any attack found another class (N,): 0 where wrong already, else inf."""
         return self._smallest(norm, None)

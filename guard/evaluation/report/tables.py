@@ -5,8 +5,10 @@ Published figures are as printed; `docs/decisions/0086-the-papers-tables.md` say
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guard.attacks import Norm
 from guard.bundle import Share
@@ -111,9 +113,9 @@ def lipgen_6(evaluations: Sequence[Evaluation]) -> Table:
         ours,
         (
             (
-                "PGD, Boundary and CW know nothing of the detector: only the last column speaks of an attacker "
-                "who does. Shares are of the attacks that succeeded; an evasive one succeeds where it is accepted, "
-                "unless it was run against another score."
+                "PGD, Boundary and CW know nothing of the detector: only the last column speaks of an "
+                "attacker who does. Shares are of the attacks that succeeded, which an evasive one only does "
+                "where it is accepted by the score it evades."
             ),
         ),
     )
@@ -138,7 +140,7 @@ def lipgen_2(evaluations: Sequence[Evaluation]) -> Table:
         results = evaluation.results
         nearest = evaluation.nearest("l2")[evaluation.right]
         middle = float(np.median(nearest)) if len(nearest) else float("nan")
-        distance = f"{words.number(middle)} (n = {len(nearest)})"
+        distance = f"{words.number(middle)} (n = {len(nearest)})" if evaluation.attacked_in("l2") else MISSING
         yield "", [words.error(results.accuracy), distance, words.mean(results.jacobian)]
 
     return _table(
@@ -204,8 +206,8 @@ _RADIUS_NOTES = (
     ),
 )
 _TOP_5 = (
-    "Top-5 errors are of attacks that only aimed at the most probable class, so they are lower than an attack "
-    "on the five would reach."
+    "Top-5 errors are of attacks that only aimed at the most probable class, so they are lower than what an "
+    "attack on the five would reach."
 )
 
 
@@ -214,6 +216,8 @@ def _many(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
+    if not evaluation.attacked_in(norm):
+        return MISSING
     lost = evaluation.nearest(norm) <= eps * (1 + 1e-6)
     return words.share(share(int(lost.sum()), len(lost)))
 
@@ -236,7 +240,7 @@ def _top5(evaluation: Evaluation, eps: float) -> Share:
     return share(int(lost.sum()), len(lost))
 
 
-def _among_five(logits: np.ndarray, label: np.ndarray) -> Flags:  # type: ignore[type-arg]
+def _among_five(logits: NDArray[Any], label: NDArray[Any]) -> Flags:
     own = np.take_along_axis(logits, label[:, np.newaxis], axis=1)
     return np.asarray((logits > own).sum(axis=1) < 5, np.bool_)
 
@@ -317,8 +321,8 @@ def scale_3(evaluations: Sequence[Evaluation]) -> Table:
         ours,
         (
             (
-                "Theirs is the margin of probabilities, at most 1; ours that of logits: not comparable. Our ω is "
-                "fitted per bin of the slope, so there is no single one to state; the calibration holds its table."
+                "Theirs is the margin of probabilities, at most 1; ours that of logits: not comparable. Our "
+                "ω is fitted per bin of the slope, so there is no single one (see the calibration)."
             ),
         ),
     )
@@ -425,8 +429,8 @@ def hamming_1(evaluations: Sequence[Evaluation]) -> Table:
         ours,
         (
             (
-                "linf and l2 are AutoAttack. The attack on a neural perceptual distance (NPTM) is not built. Of "
-                "several budgets of an attack the largest is shown."
+                "linf and l2 are AutoAttack. The attack on a neural perceptual distance (NPTM) is not built. "
+                "Of several budgets of an attack the largest is shown."
             ),
         ),
     )

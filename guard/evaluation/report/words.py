@@ -12,8 +12,8 @@ from guard.evaluation.results import AttackResult, RadiusAudit, Summary
 MISSING = "–"
 
 KINDS = {
-    "estimate": "an estimate: fitted, no certificate; a stronger attack may succeed inside",
-    "conformal": "conformal: holds against the named attacks at the stated rate, no certificate against others",
+    "estimate": "fitted, no certificate; a stronger attack may succeed inside",
+    "conformal": "holds against the attacks it was fitted to, at its rate; no certificate",
     "probabilistic": "certified with the stated probability",
     "sound": "certified: proven",
 }

@@ -1,0 +1,491 @@
+"""Reports: every number of the results is on the page, which needs nothing else and lies about nothing."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import BaseModel
+
+from guard import bundle as bundles
+from guard.bundle import Share
+from guard.cli import main
+from guard.errors import DataError
+from guard.evaluation.report import figures, findings, gallery, markdown, tables, words
+from guard.evaluation.report.page import page
+from guard.evaluation.report.reading import Evaluation, read, same, share
+from guard.evaluation.results import CLEAN_FILE, RESULTS, Check, RadiusAudit, Results, Standing, Summary
+from tests.results_folder import CHECKS, planted, radii
+from tests.serving import write_bundle
+
+SVG = "{http://www.w3.org/2000/svg}"
+XHTML = "{http://www.w3.org/1999/xhtml}"
+EVIL = "<script>alert('x')</script>\"&|"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("results") / "planted"
+    planted(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluation(folder: Path) -> Evaluation:
+    return read(folder)
+
+
+def copied(folder: Path, to: Path, **changes: Any) -> Path:
+    """The folder once more, with other values in its `results.json`."""
+    for file in folder.rglob("*.*"):
+        target = to / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    record = json.loads((folder / RESULTS).read_text()) | changes
+    (to / RESULTS).write_text(json.dumps(record))
+    return to
+
+
+def text_of(html: str) -> str:
+    """All text of the page, with plain spaces; its being parsed shows that it is well-formed."""
+    root = ET.fromstring(html.removeprefix("<!DOCTYPE html>"))
+    return " ".join("".join(root.itertext()).replace("\u00a0", " ").split())
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The shares, summaries and lone numbers of a record, however deep."""
+    if isinstance(value, Share | Summary | str) or value is None:
+        yield value
+    elif isinstance(value, BaseModel):
+        for inner in value.__dict__.values():
+            yield from leaves(inner)
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+class TestReading:
+    def test_nearest_is_the_closed_form(self, evaluation: Evaluation) -> None:
+        """Of a linear classifier: margin over slope, a little beyond; linf from attacks of its own."""
+        right = evaluation.right
+        clean = evaluation.clean
+        exact = (clean["margin"] / clean["gradient_l2"])[right]
+        found = evaluation.nearest("l2")
+        assert (found[~right] == 0).all()
+        assert (found[right] >= exact * (1 - 1e-4)).all()
+        ours = next(one for one in evaluation.attacks if one.result.name == "fmn-l2")
+        assert evaluation.nearest("l2")[ours.rows].max() <= ours.lengths("l2").max()
+
+    def test_fallen_agrees_with_what_the_run_says_stands(self, evaluation: Evaluation) -> None:
+        for one in evaluation.results.standing:
+            beyond = evaluation.fallen(one.norm, one.score) > one.budget * (1 + 1e-6)
+            assert int(beyond.sum()) == one.standing.count
+
+    def test_rejected_and_wrong_images_have_fallen_before(self, evaluation: Evaluation) -> None:
+        gone = ~(evaluation.right & evaluation.accepted("radius"))
+        assert gone.any()
+        assert (evaluation.fallen("l2", "radius")[gone] == 0).all()
+
+    def test_an_attack_on_the_first_images_stands_for_those(self, evaluation: Evaluation) -> None:
+        by = {one.result.name: one for one in evaluation.attacks}
+        assert by["fmn-l2"].n_considered == 40
+        assert by["boundary-l2"].n_considered == 20
+        wrong = int((~evaluation.right[:20]).sum())
+        assert by["boundary-l2"].errors_within([0.0, np.inf]) == [wrong / 20, 1.0]
+        assert by["boundary-l2"].standing().value == 0
+
+    def test_the_number_of_images_follows_from_the_rows(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        for one in record["attacks"]:
+            one["settings"] = {}
+        path = copied(folder, tmp_path / "r", attacks=record["attacks"])
+        found = {one.result.name: one.n_considered for one in read(path).attacks}
+        right = read(path).right
+        following = int(np.flatnonzero(right[20:])[0]) + 20
+        assert found["boundary-l2"] == following
+        assert found["fmn-l2"] == 40
+
+    def test_find_ignores_hyphens_and_rounding(self, evaluation: Evaluation) -> None:
+        assert len(evaluation.find("PGD", norm="l2")) == 3
+        assert len(evaluation.find("pgd", norm="linf", budget=0.031372549)) == 1
+        assert [one.result.name for one in evaluation.find("jointpgd", budget=0.25)] == ["joint-pgd-l2"]
+        assert same(None, None)
+        assert not same(None, 0.5)
+
+    def test_the_threshold_is_the_largest_norm_accepted(self, evaluation: Evaluation) -> None:
+        norms = evaluation.clean["jacobian"]
+        assert evaluation.threshold() == pytest.approx(norms[evaluation.accepted("jacobian")].max())
+
+    @pytest.mark.parametrize(
+        ("harm", "message"),
+        [
+            (lambda path: (path / RESULTS).unlink(), "cannot be read .*guard evaluate --val"),
+            (lambda path: (path / RESULTS).write_text("{}"), r"results\.json: .*required"),
+            (lambda path: (path / RESULTS).write_text("no"), r"results\.json: .*JSON"),
+            (lambda path: (path / CLEAN_FILE).unlink(), r"clean\.npz: is missing"),
+            (lambda path: (path / "attacks/fmn-l2.npz").unlink(), r"fmn-l2\.npz: is missing"),
+            (lambda path: (path / "attacks/fmn-l2.npz").write_bytes(b"PK"), r"is no \.npz file"),
+            (lambda path: without(path / "attacks/cw-l2.npz", "l2", "passes"), "holds no l2, passes;"),
+            (lambda path: without(path / CLEAN_FILE, "accepted_radius"), "holds no accepted_radius;"),
+            (lambda path: beyond(path / "attacks/cw-l2.npz"), "its rows are not the"),
+        ],
+    )
+    def test_what_is_missing_or_broken_is_named(
+        self, folder: Path, tmp_path: Path, harm: Any, message: str
+    ) -> None:
+        path = copied(folder, tmp_path / "r")
+        harm(path)
+        with pytest.raises(DataError, match=message):
+            read(path)
+
+    def test_another_runs_images_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"holds 40 images, .* speaks of 41"):
+            read(copied(folder, tmp_path / "r", images=41))
+
+
+def without(path: Path, *names: str) -> None:
+    with np.load(path) as file:
+        kept = {name: file[name] for name in file if name not in names}
+    np.savez(path, **kept)
+
+
+def beyond(path: Path) -> None:
+    with np.load(path) as file:
+        kept = dict(file)
+    kept["row"] = kept["row"] + 40
+    np.savez(path, **kept)
+
+
+class TestPage:
+    def test_every_number_of_the_results_is_there(self, evaluation: Evaluation) -> None:
+        text = text_of(page(evaluation))
+        results = evaluation.results
+        for name in ("accuracy", "rejected", "jacobian", "attacks", "standing", "checks", "radii"):
+            for leaf in leaves(getattr(results, name)):
+                if isinstance(leaf, Share):
+                    if name == "radii":
+                        wanted = f"{leaf.count} of {leaf.n}, at most {100 * leaf.upper:.2f}%"
+                    else:
+                        ends = f"[{100 * leaf.lower:.1f}, {100 * leaf.upper:.1f}]"
+                        wanted = f"{100 * leaf.value:.1f}% {ends} (n = {leaf.n})"
+                elif isinstance(leaf, Summary):
+                    wanted = (
+                        f"{leaf.median:.3g} [{leaf.median_lower:.3g}, {leaf.median_upper:.3g}] (n = {leaf.n})"
+                    )
+                    assert f"{leaf.mean:.3g} ± {1.96 * leaf.standard_error:.3g}" in text
+                else:
+                    continue
+                assert wanted in text, (name, leaf)
+        for audit in results.radii:
+            assert f"{audit.mean_radius:.3g}{audit.mean_distance:.3g}{audit.tightness:.2f}" in text
+        for check in results.checks:
+            assert f"{check.expected}" in text
+            assert all(f"{name} {value:.3g}" in text for name, value in check.numbers.items())
+        assert results.command in text
+        assert results.hardware in text
+        for standing in results.standing:
+            assert all(f"{name} {count}" in text for name, count in standing.fallen.items())
+
+    def test_needs_no_network_and_no_script(self, evaluation: Evaluation) -> None:
+        html = page(evaluation, evaluation)
+        assert set(re.findall(r"https?://[^\"<\s]+", html)) == {SVG.strip("{}"), XHTML.strip("{}")}
+        assert not re.search(r"<script|<link|<iframe|url\(|@import|\bon\w+=", html)
+        assert set(re.findall(r"src=\"([^,\"]*)", html)) == {"data:image/png;base64"}
+        assert all(target.startswith("#") for target in re.findall(r"href=\"([^\"]*)", html))
+
+    def test_the_verdict_comes_first(self, evaluation: Evaluation) -> None:
+        root = ET.fromstring(page(evaluation).removeprefix("<!DOCTYPE html>"))
+        titles = [heading.text for heading in root.iter(f"{XHTML}h2")]
+        assert titles[0] == "Verdict"
+        assert titles.index("Detection of attacks, second") > titles.index("All attacks")
+
+    def test_what_others_wrote_stays_text(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        bundle = {"name": EVIL, "class_names": [EVIL] * 3, EVIL: EVIL}
+        record["attacks"][0] |= {"title": EVIL, "source": EVIL, "unit": EVIL}
+        record["attacks"][1]["name"] = EVIL
+        record["standing"][0] |= {"worst": EVIL, "fallen": {EVIL: 1}}
+        record["checks"][0] |= {"name": EVIL, "expected": EVIL, "found": EVIL, "numbers": {EVIL: 1.0}}
+        record["radii"][0] |= {"method": EVIL, "kind": EVIL}
+        plain = {"command": EVIL, "hardware": EVIL, "data": {"name": EVIL}, "settings": {EVIL: [EVIL]}}
+        evil = read(copied(folder, tmp_path / "r", **(record | plain | {"bundle": bundle})))
+        html = page(evil, evil)
+        assert "<script" not in html
+        assert text_of(html).count(EVIL) > 10
+        card = markdown.section(evil)
+        assert "<script" not in re.sub(r"^    .*$", "", card, flags=re.MULTILINE)  # code, which stays text
+
+    def test_without_anything_run(self, folder: Path, tmp_path: Path) -> None:
+        bare = {"attacks": [], "standing": [], "checks": [], "radii": []}
+        empty = read(copied(folder, tmp_path / "r", **bare))
+        text = text_of(page(empty))
+        assert "No check for gradient masking was run." in text
+        assert "The run audited no radii." in text
+        assert "Attacks not run: FGSM, I-FGSM," in text
+        assert "No attack succeeded" in text
+        markdown.section(empty)
+
+    def test_no_estimate_is_called_certified(self, evaluation: Evaluation) -> None:
+        text = text_of(page(evaluation)) + markdown.section(evaluation)
+        ours = text.replace("% certified test error at l2 radii, by randomized smoothing", "")
+        ours = ours.replace("word certified", "").replace("linf certified", "")
+        ours = re.sub(r"probabilistic: certified[^.]*|sound: certified[^.]*", "", ours)
+        assert "certified" not in ours
+
+    def test_a_score_that_no_attack_knows_is_marked(self, evaluation: Evaluation) -> None:
+        assert "No attack of the run knows radius: with this score an attacker" in text_of(page(evaluation))
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("budget", "norm", "text"),
+        [(0.25, "l2", "l2 0.25"), (8 / 255, "linf", "linf 8/255"), (0.05, "linf", "linf 0.05")],
+    )
+    def test_budgets(self, budget: float, norm: str, text: str) -> None:
+        assert words.at(budget, norm) == text
+
+    def test_an_error_is_the_rest(self) -> None:
+        found = share(9, 10)
+        assert words.error(found) == words.share(share(1, 10))
+
+    def test_a_median_may_be_infinite(self) -> None:
+        assert words.middle(np.array([1.0, np.inf, np.inf])).startswith("∞ [1, ∞]")
+        assert words.middle(np.array([])) == "–"
+        assert words.middle(np.arange(1.0, 101.0)) == "50.5 [41, 61] (n = 100)"
+
+    def test_durations(self) -> None:
+        assert [words.duration(s) for s in (2.5, 75, 7260)] == ["2.5 s", "1 min 15 s", "2 h 1 min"]
+
+
+class TestTables:
+    def test_lipgen_6_picks_the_papers_attacks(self, evaluation: Evaluation) -> None:
+        table = tables.lipgen_6([evaluation])
+        rows = {row.name: row.cells for row in table.rows}
+        assert rows["planted: attack"] == ("–", "fmn-l2", "boundary-l2", "cw-l2", "joint-pgd-l2 1")
+        assert rows["ResNeXt-34 (2x32): detected"] == ("6%", "96%", "100%", "100%", "22%")
+        found = next(one.result for one in evaluation.attacks if one.result.name == "cw-l2")
+        assert rows["planted: detected"][3] == words.share(found.detection["jacobian"].rejected)
+
+    def test_hamming_1_names_what_is_not_built(self, evaluation: Evaluation) -> None:
+        ours = tables.hamming_1([evaluation]).rows[-1]
+        assert ours.cells[1:6] == ("–",) * 5
+        assert ours.cells[6] == "not built"
+
+    def test_accuracy_under_an_attack_counts_all_its_images(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        for one in record["attacks"]:
+            one["name"] = one["name"].replace("joint-pgd", "other").replace("pgd", "autoattack")
+        evaluation = read(copied(folder, tmp_path / "r", attacks=record["attacks"]))
+        attack = evaluation.find("autoattack", norm="l2", budget=0.5)[0]
+        left = evaluation.right.copy()
+        left[attack.rows[attack.success]] = False
+        expected = words.share(share(int(left.sum()), 40))
+        assert tables.manifold_1([evaluation]).rows[-1].cells[0] == f"{expected}, autoattack-l2 0.5"
+
+    def test_every_row_is_as_long_as_its_head(self, evaluation: Evaluation) -> None:
+        found = tables.tables([evaluation, evaluation])
+        assert [table.name for table in found if table.name.startswith("SCALE")] == [
+            f"SCALE Table {number}" for number in range(1, 7)
+        ]
+        for table in found:
+            assert all(len(row.cells) + 1 == len(table.columns) for row in table.rows), table.name
+            assert sum(row.ours for row in table.rows) >= 2
+
+    def test_top_5_only_where_there_are_many_classes(self, evaluation: Evaluation, tmp_path: Path) -> None:
+        assert not any("top 5" in row.name for row in tables.scale_1([evaluation]).rows)
+        planted(tmp_path / "r", count=12, classes=1000)
+        rows = {row.name: row.cells for row in tables.scale_1([read(tmp_path / "r")]).rows}
+        assert rows["ImageNet, undefended (top 5)"][0] == "6.94"
+        clean = float(rows["planted: top 5"][0].partition("%")[0])
+        assert clean <= float(rows["planted"][0].partition("%")[0])
+
+    def test_radii_that_are_not_there_stay_out(self, evaluation: Evaluation, tmp_path: Path) -> None:
+        assert set(tables.scale_6([evaluation]).rows[-1].cells) == {"–"}
+        result = planted(tmp_path / "r")
+        result.clean["radius_l2"] = np.full(40, 0.6)
+        result.write()
+        cells = tables.scale_6([read(tmp_path / "r")]).rows[-1].cells
+        wrong = int((~read(tmp_path / "r").right).sum())
+        assert cells[0] == words.share(share(wrong, 40))
+        assert cells[2] == words.share(share(40, 40))
+
+
+class TestFigures:
+    def titles(self, evaluation: Evaluation, **more: Any) -> list[str]:
+        return [figure.title for figure in figures.figures(evaluation, None, more)]
+
+    def test_all_that_can_be_drawn(self, evaluation: Evaluation) -> None:
+        assert self.titles(evaluation) == [
+            "Error against l2 distance: attacks with gradients",
+            "Error against l2 distance: attacks without gradients",
+            "Robust accuracy in l2",
+            "Error against linf distance: attacks with gradients",
+            "Robust accuracy in linf",
+            "What an attack costs",
+            *(f"Jacobian norm: {kind}" for kind in ("clean", "PGD", "Boundary", "CW", "evasive CW")),
+            "Radius against l2 distance",
+            "Radius against linf distance",
+        ]
+        for figure in figures.figures(evaluation, evaluation, {}):
+            ET.fromstring(figure.svg)
+
+    def test_missing_attacks_leave_their_curves_out(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        kept = [one for one in record["attacks"] if one["name"] == "cw-l2"]
+        found = self.titles(read(copied(folder, tmp_path / "r", attacks=kept)))
+        assert not [title for title in found if "linf" in title or "PGD" in title or "Boundary" in title]
+
+    def test_data_stability_is_drawn_where_it_is_given(self, evaluation: Evaluation) -> None:
+        facts = {
+            "norm": "l2",
+            "dataset": "planted",
+            "n": 7,
+            "stability": {"eps": [0.0, 1.0, 2.0], "halfway": [0.0, 0.5, 1.0]},
+        }
+        first = figures.figures(evaluation, None, {"l2": facts})[0]
+        assert ("pale", "data stability of planted (n = 7)") in first.legend
+
+    def test_the_gallery_shows_what_was_added(self, evaluation: Evaluation) -> None:
+        exhibit = gallery.exhibits(evaluation)[0]
+        assert exhibit.attack.result.aware == "jacobian"  # the hardest attacker first
+        twin = exhibit.twins[0]
+        row = int(exhibit.attack.rows[exhibit.attack.success][0])
+        shown = decoded(twin.difference)
+        place = int(np.flatnonzero(exhibit.attack.rows == row)[0])
+        added = exhibit.attack.arrays["image"][place] - evaluation.clean["image"][row]
+        assert np.abs(shown - np.clip(0.5 + exhibit.gain * added, 0, 1)).max() <= 0.003
+        assert np.abs(decoded(twin.original) - evaluation.clean["image"][row]).max() <= 0.003
+        assert twin.accepted[0] == "jacobian"
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_images_of_any_channels_are_shown(self, channels: int) -> None:
+        assert gallery.data_uri(np.full((channels, 2, 2), 0.5, np.float32)).startswith("data:image/png")
+
+
+def decoded(uri: str) -> Any:
+    """The image (C, H, W) in [0, 1] of a data URI."""
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        return np.asarray(image).transpose(2, 0, 1) / 255
+
+
+class TestFindings:
+    def test_masking(self, evaluation: Evaluation) -> None:
+        assert "Signs of gradient masking: unbounded attack succeeds." in findings.masking(evaluation)
+        for checks, expected in (
+            ([CHECKS[0]], "No sign of gradient masking in 1 checks."),
+            (
+                [CHECKS[0], CHECKS[2]],
+                "No sign of gradient masking in 1 checks; not run: black box is weaker.",
+            ),
+        ):
+            assert findings.masking(changed(evaluation, checks=checks)) == expected
+
+    def test_families_not_run(self, evaluation: Evaluation) -> None:
+        missing = findings.not_run(evaluation)
+        assert not {"PGD", "CW", "Boundary", "DDN or FMN", "joint PGD"} & set(missing)
+        assert {"AutoAttack", "Square", "joint APGD", "over HTTP"} <= set(missing)
+
+
+def changed(evaluation: Evaluation, **update: Any) -> Evaluation:
+    results = evaluation.results.model_copy(update=update)
+    return Evaluation(evaluation.folder, results, evaluation.clean, evaluation.attacks)
+
+
+class TestMarkdown:
+    def test_tables_are_whole(self, evaluation: Evaluation) -> None:
+        lines = markdown.section(evaluation, evaluation).splitlines()
+        assert lines[0] == "## Attacks"
+        assert f"    {evaluation.results.command}" in lines
+        for before, line in pairwise(lines):
+            if before.startswith("|") and line.startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"(?<!\\)\|", line))
+
+    def test_rows_say_what_the_results_say(self, evaluation: Evaluation) -> None:
+        text = markdown.section(evaluation)
+        first = evaluation.results.standing[0]
+        assert isinstance(first, Standing)
+        assert (
+            f"| jacobian, l2 0.25 | {words.share(first.standing)} | {words.share(first.clean)} "
+            f"| {first.worst} ({first.fallen[first.worst or '']}) |"
+        ) in text
+        assert (
+            "| l2 omega-bound (estimate), served | 0.236 | 0.407 | 0.58 | 1 of 60, at most 8.94% (95%) |"
+            in text
+        )
+        assert "| unbounded attack succeeds | failed | 100% at an unbounded budget | 97% (n = 60) |" in text
+        # what stands under attackers who know comes before detection of those who do not
+        assert text.index("Right and accepted under every attack") < text.index("Detection of attacks")
+
+
+class TestCommand:
+    def test_writes_page_and_section(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out, card = tmp_path / "out.html", tmp_path / "new.md"
+        words_ = ["report", str(folder), "--out", str(out), "--markdown", str(card), "--against", str(folder)]
+        assert main([*words_, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["report"] == str(out)
+        assert [one["budget"] for one in said["standing"]][:2] == [0.25, 0.5]
+        text_of(out.read_text())
+        first = card.read_text()
+        card.write_text(f"# Model\n\n{first}")
+        assert main(words_) == 0
+        assert card.read_text() == f"# Model\n\n{first}"
+
+    def test_the_page_lies_beside_the_results(self, folder: Path, tmp_path: Path) -> None:
+        path = copied(folder, tmp_path / "r")
+        assert main(["report", str(path)]) == 0
+        assert (path / "report.html").exists()
+
+    def test_a_bundle_stays_whole(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bundle = write_bundle(tmp_path / "bundle")
+        card = bundle / bundles.CARD
+        path = copied(folder, tmp_path / "r")
+        assert main(["report", str(path), "--markdown", str(card)]) == 1
+        assert "is the card of the model sha256:" in capsys.readouterr().err
+        assert not card.exists()
+        digest = bundles.load(bundle).digest
+        path = copied(folder, tmp_path / "s", bundle={"name": "colours", "digest": digest})
+        assert main(["report", str(path), "--markdown", str(card)]) == 0
+        assert card.read_text().startswith("## Attacks\n")
+        assert bundles.load(bundle).manifest.files[bundles.CARD] == bundles.sha256(card)
+
+    def test_stability_is_what_info_writes(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pictures = tmp_path / "data.npz"
+        generator = np.random.default_rng(0)
+        some = generator.integers(0, 256, (20, 4, 4, 3)).astype(np.uint8)
+        np.savez(pictures, x_train=some, y_train=np.arange(20) % 2, x_test=some, y_test=np.arange(20) % 2)
+        assert main(["info", "--dataset", str(pictures), "--json"]) == 0
+        facts = tmp_path / "facts.json"
+        facts.write_text(capsys.readouterr().out)
+        out = tmp_path / "out.html"
+        assert main(["report", str(folder), "--out", str(out), "--stability", str(facts)]) == 0
+        assert "data stability of data (n = 20)" in out.read_text()
+        facts.write_text("[]")
+        assert main(["report", str(folder), "--out", str(out), "--stability", str(facts)]) == 1
+        assert "is not what guard info --dataset D --json writes" in capsys.readouterr().err
+
+    def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["report", str(tmp_path)]) == 1
+        assert "expected the folder that guard evaluate wrote" in capsys.readouterr().err
+
+
+def test_planted_records_are_what_the_schema_says() -> None:
+    assert all(isinstance(one, Check) for one in CHECKS)
+    assert all(isinstance(one, RadiusAudit) for one in radii())
+    assert Results.model_fields["schema_version"].default == 1
