@@ -23,6 +23,7 @@ from guard.evaluation.report import figures, findings, gallery, markdown, tables
 from guard.evaluation.report.page import page
 from guard.evaluation.report.reading import Evaluation, read, same, share
 from guard.evaluation.results import CLEAN_FILE, RESULTS, Check, RadiusAudit, Results, Standing, Summary
+from guard.files import sha256
 from tests.results_folder import CHECKS, planted, radii
 from tests.serving import write_bundle
 
@@ -226,7 +227,7 @@ class TestPage:
         assert "<script" not in re.sub(r"^    .*$", "", card, flags=re.MULTILINE)  # code, which stays text
 
     def test_without_anything_run(self, folder: Path, tmp_path: Path) -> None:
-        bare = {"attacks": [], "standing": [], "checks": [], "radii": []}
+        bare: dict[str, Any] = {"attacks": [], "standing": [], "checks": [], "radii": []}
         empty = read(copied(folder, tmp_path / "r", **bare))
         text = text_of(page(empty))
         assert "No check for gradient masking was run." in text
@@ -321,8 +322,8 @@ class TestTables:
 
 
 class TestFigures:
-    def titles(self, evaluation: Evaluation, **more: Any) -> list[str]:
-        return [figure.title for figure in figures.figures(evaluation, None, more)]
+    def titles(self, evaluation: Evaluation) -> list[str]:
+        return [figure.title for figure in figures.figures(evaluation, None, {})]
 
     def test_all_that_can_be_drawn(self, evaluation: Evaluation) -> None:
         assert self.titles(evaluation) == [
@@ -461,7 +462,7 @@ class TestCommand:
         path = copied(folder, tmp_path / "s", bundle={"name": "colours", "digest": digest})
         assert main(["report", str(path), "--markdown", str(card)]) == 0
         assert card.read_text().startswith("## Attacks\n")
-        assert bundles.load(bundle).manifest.files[bundles.CARD] == bundles.sha256(card)
+        assert bundles.load(bundle).manifest.files[bundles.CARD] == sha256(card)
 
     def test_stability_is_what_info_writes(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -77,7 +77,8 @@ def _errors(
         high = max(high, _reach(stability))
     across = plots.logarithmic(low, max(high, 2 * low), f"distance, {norm}")
     frame = Frame(across, plots.shares("images lost"), height=260)
-    marks, legend = [], []
+    marks: list[str] = []
+    legend: list[tuple[str, str]] = []
     for series, (name, found) in zip(plots.SERIES, by_name.items(), strict=False):
         sizes = sorted({one.n_considered for one in found})
         legend.append((series, f"{name} (n = {', '.join(map(str, sizes))})"))
@@ -164,7 +165,10 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
         marks.append(plots.whiskers(frame, [(eps, one.lower, one.upper) for eps, one in stands], series))
     if against is not None:
         marks.append(plots.line(frame, _cumulative(against.nearest(norm), across, left=True), "pale"))
-        legend.append(("pale", f"{against.results.bundle.get('name', 'the other')}, without rejection"))
+        other, score = against.results.bundle.get("name", "the other"), against.results.served
+        legend.append(("pale", f"{other}, without rejection"))
+        marks.append(plots.line(frame, _cumulative(against.fallen(norm, score), across, left=True), "c7"))
+        legend.append(("c7", f"{other}, right and accepted, {score}"))
     n = evaluation.results.images
     caption = (
         f"Of n = {n} images, under all attacks of the run, each as far as it went; a fixed budget shows "

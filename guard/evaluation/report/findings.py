@@ -74,7 +74,8 @@ def headline(evaluation: Evaluation) -> list[str]:
             )
     if results.standing:
         clean = next((one.clean for one in results.standing if one.score == score), None)
-        said.append(f"The same without attack: {words.share(clean)}.")
+        rejected = words.share(results.rejected.get(score))
+        said.append(f"The same without attack: {words.share(clean)}. Clean images rejected: {rejected}.")
     if not aware:
         said.append(
             f"No attack of the run knows the score {score}: an attacker who does will leave less standing."

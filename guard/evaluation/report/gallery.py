@@ -14,6 +14,7 @@ from guard.evaluation.report.reading import Attacked, Evaluation
 
 _ATTACKS = 8
 _IMAGES = 4
+_SMALL = 96  # pixels across; of larger images one is shown, or the page would be too heavy
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def exhibits(evaluation: Evaluation) -> list[Exhibit]:
 def _exhibit(evaluation: Evaluation, attack: Attacked) -> Exhibit | None:
     originals = evaluation.clean["image"]
     kept = np.flatnonzero(attack.rows < len(originals))[: len(attack.arrays["image"])]
-    shown = [place for place in range(len(kept)) if attack.success[kept[place]]][:_IMAGES]
+    shown = [place for place in range(len(kept)) if attack.success[kept[place]]][
+        : _IMAGES if originals.shape[-1] <= _SMALL else 1
+    ]
     if not shown:
         return None
     images = attack.arrays["image"]

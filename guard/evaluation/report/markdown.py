@@ -61,6 +61,9 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
             ["attack", *(f"rejected by {score}; AUROC" for score in results.scores)], _detection(evaluation)
         ),
     ]
+    if results.over_rejection:
+        rows = [[words.attack(one), words.share(one.success)] for one in results.over_rejection]
+        lines += ["", *_table(["attack that makes clean images rejected", "success"], rows)]
     missing = findings.not_run(evaluation)
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]

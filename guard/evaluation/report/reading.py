@@ -205,7 +205,8 @@ def read(folder: Path) -> Evaluation:
                 f"{folder / result.file}: its rows are not the {result.n} of {count} images that {path} "
                 "speaks of. They belong to different runs; run guard evaluate again."
             )
-        eligible = right if result.aware is None else right & clean[f"accepted_{result.aware}"]
+        judged_by = f"accepted_{result.aware}"
+        eligible = right & clean[judged_by] if judged_by in clean else right
         attacks.append(Attacked(result, arrays, _considered(rows, eligible, result)))
     return Evaluation(folder, results, clean, tuple(attacks))
 
