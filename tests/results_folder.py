@@ -305,6 +305,8 @@ def planted(path: Path, *, count: int = 40, classes: int = 3, **more: Any) -> Fo
         passes=5000,
         first=20,
     )
+    noise = partial(step, far=0.1, norm="l2", exact=False)
+    folder.attack("gaussian-noise", "Noise", noise, None, 3.0, knowledge="nothing", unit="severity")
     for norm, budgets in BUDGETS.items():
         for budget in budgets:
             run = partial(step, far=budget, norm=norm, exact=False)

@@ -63,7 +63,7 @@ def _errors(
     if not attacks:
         return None
     by_name: dict[str, list[Attacked]] = {}
-    for attack in attacks:
+    for attack in sorted(attacks, key=lambda one: one.result.budget is not None):
         by_name.setdefault(attack.result.name, []).append(attack)
     union = evaluation.nearest(norm)
     reached = [one.lengths(norm)[one.success] for one in attacks] + [union[np.isfinite(union) & (union > 0)]]
@@ -105,7 +105,11 @@ def _errors(
         caption += f" Not drawn: {', '.join(left)}."
     if stability is not None:
         eps, halfway = stability["stability"]["eps"], stability["stability"]["halfway"]
-        marks.append(plots.line(frame, [(e, s) for e, s in zip(eps, halfway, strict=True) if e > 0], "pale"))
+        marks.append(
+            plots.line(
+                frame, [(e, s) for e, s in zip(eps, halfway, strict=True) if 0 < e <= across.high], "pale"
+            )
+        )
         legend.append(("pale", f"data stability of {stability['dataset']} (n = {stability['n']})"))
         caption += (
             " Data stability: the share of images that a perturbation so long takes half-way to an image of "
@@ -181,7 +185,7 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
 def _passes(evaluation: Evaluation) -> Figure | None:
     """Median time of a successful attack in forward passes (LIP Table 3's calls)."""
     rows = []
-    for attack in evaluation.attacks:
+    for attack in evaluation.last_of_each():
         spent = np.asarray(attack.arrays["passes"], np.float64)[attack.success]
         if len(spent) and np.median(spent) > 0:
             low, middle, high = np.quantile(spent, (0.25, 0.5, 0.75))
@@ -200,7 +204,8 @@ def _passes(evaluation: Evaluation) -> Figure | None:
     sizes = [row[4] for row in rows]
     caption = (
         "Median and middle half over the images that an attack broke "
-        f"(n = {min(sizes)} to {max(sizes)}); a gradient counts as two more passes."
+        f"(n = {min(sizes)} to {max(sizes)}), of several budgets the largest; a gradient counts as two more "
+        "passes."
     )
     return Figure("What an attack costs", frame.svg(marks, "forward passes"), (), caption)
 

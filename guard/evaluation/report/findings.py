@@ -121,11 +121,9 @@ def masking(evaluation: Evaluation) -> str:
         return "No check for gradient masking was run."
     if by["failed"]:
         return f"Signs of gradient masking: {', '.join(by['failed'])}. The figures may be too good."
-    if by["not run"]:
-        return (
-            f"No sign of gradient masking in {len(by['passed'])} checks; not run: {', '.join(by['not run'])}."
-        )
-    return f"No sign of gradient masking in {len(by['passed'])} checks."
+    count = len(by["passed"])
+    rest = f"; not run: {', '.join(by['not run'])}" if by["not run"] else ""
+    return f"No sign of gradient masking in {count} check{'' if count == 1 else 's'}{rest}."
 
 
 def worst(standing: Standing) -> str:

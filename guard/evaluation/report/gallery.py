@@ -43,12 +43,7 @@ class Exhibit:
 
 def exhibits(evaluation: Evaluation) -> list[Exhibit]:
     """At most eight attacks (of several budgets the largest) with at most four images each."""
-    last: dict[str, Attacked] = {}
-    for attack in evaluation.attacks:
-        known = last.get(attack.result.name)
-        if known is None or (attack.result.budget or 0.0) > (known.result.budget or 0.0):
-            last[attack.result.name] = attack
-    aware_first = sorted(last.values(), key=lambda one: one.result.aware is None)
+    aware_first = sorted(evaluation.last_of_each(), key=lambda one: one.result.aware is None)
     found = [exhibit for attack in aware_first if (exhibit := _exhibit(evaluation, attack)) is not None]
     return found[:_ATTACKS]
 

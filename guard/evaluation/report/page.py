@@ -101,7 +101,10 @@ def _verdict(both: Sequence[Evaluation]) -> str:
     failed = any(one.verdict == "failed" for one in results.checks)
     kind = ' class="warn"' if failed or not results.checks else ""
     sentences.append(f"<p{kind}>{_cell(findings.masking(evaluation))}</p>")
-    parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(evaluation), _standing(both)]
+    for other in both[1:]:
+        said = " ".join(findings.headline(other))
+        sentences.append(f'<p class="muted">{_cell(f"{findings.name(other)}, beside it. {said}")}</p>')
+    parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(both), _standing(both)]
     missing = findings.not_run(evaluation)
     if missing:
         parts.append(
@@ -119,23 +122,26 @@ def _verdict(both: Sequence[Evaluation]) -> str:
     return "".join(parts)
 
 
-def _cards(evaluation: Evaluation) -> str:
-    results = evaluation.results
-    cards = [("clean accuracy", results.accuracy)]
-    cards += [
-        (f"clean images rejected by {score}{', served' if score == results.served else ''}", found)
-        for score, found in results.rejected.items()
-    ]
-    boxes = [
-        f"<div><span>{escape(title)}</span><b>{words.percent(found.value)}</b>"
-        f"<span>{escape(words.share(found))}</span></div>"
-        for title, found in cards
-    ]
-    boxes.append(
-        f"<div><span>mean Jacobian norm, clean</span><b>{words.number(results.jacobian.mean)}</b>"
-        f"<span>{escape(words.mean(results.jacobian))}; median {escape(words.median(results.jacobian))}"
-        "</span></div>"
-    )
+def _cards(both: Sequence[Evaluation]) -> str:
+    boxes = []
+    for evaluation in both:
+        results = evaluation.results
+        of = f"{findings.name(evaluation)}: " if len(both) > 1 else ""
+        cards = [(f"{of}clean accuracy", results.accuracy)]
+        cards += [
+            (f"{of}clean images rejected by {score}{', served' if score == results.served else ''}", found)
+            for score, found in results.rejected.items()
+        ]
+        boxes += [
+            f"<div><span>{escape(title)}</span><b>{words.percent(found.value)}</b>"
+            f"<span>{_cell(words.share(found))}</span></div>"
+            for title, found in cards
+        ]
+        norms = _cell(f"{words.mean(results.jacobian)}; median {words.median(results.jacobian)}")
+        boxes.append(
+            f"<div><span>{escape(of)}mean Jacobian norm, clean</span>"
+            f"<b>{words.number(results.jacobian.mean)}</b><span>{norms}</span></div>"
+        )
     return f'<div class="cards">{"".join(boxes)}</div>'
 
 
@@ -159,7 +165,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
                 f'<td class="bar" style="--share: {100 * found.standing.value:.1f}%">'
                 f"{_cell(words.share(found.standing))}</td><td>{_cell(words.share(found.clean))}</td>"
             )
-        fallen = ", ".join(f"{name} {count}" for name, count in _most(one.fallen))
+        fallen = _most(one.fallen)
         cells.append(f"<td>{escape(one.worst or words.MISSING)}</td><td>{escape(fallen)}</td>")
         kind = ' class="served"' if one.score == served else ""
         lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
@@ -168,8 +174,8 @@ def _standing(both: Sequence[Evaluation]) -> str:
     names = [findings.name(evaluation) for evaluation in both]
     head = ["score", "budget"]
     for name in names:
-        of = f", {name}" if len(both) > 1 else ""
-        head += [f"right and accepted under attack{of}", f"without attack{of}"]
+        of = f"{name}: " if len(both) > 1 else ""
+        head += [f"{of}under attack", f"{of}without"]
     columns = "".join(
         f"<th>{escape(text)}</th>" for text in [*head, "worst", "images brought down, by attack"]
     )
@@ -182,13 +188,18 @@ def _standing(both: Sequence[Evaluation]) -> str:
         else ""
     )
     return (
-        '<div class="scroll"><table><caption>Robust accuracy with rejection, under all attacks of the run'
-        f"</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{warning}"
+        '<div class="scroll"><table><caption>Robust accuracy with rejection: right and accepted under all '
+        f"attacks of the run</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody>"
+        f"</table></div>{warning}"
     )
 
 
-def _most(fallen: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(fallen.items(), key=lambda pair: -pair[1])
+def _most(fallen: Mapping[str, int]) -> str:
+    """The attacks that brought images down, the worst first."""
+    ordered = sorted(fallen.items(), key=lambda pair: -pair[1])
+    parts = [f"{name} {count}" for name, count in ordered if count]
+    idle = len(fallen) - len(parts)
+    return ", ".join([*parts, "all others 0"] if idle else parts)
 
 
 def _checks(evaluation: Evaluation) -> str:

@@ -138,6 +138,15 @@ class Evaluation:
         norms, accepted = np.asarray(self.clean["jacobian"], np.float64), self.accepted("jacobian")
         return float(norms[accepted].max()) if accepted.any() and not accepted.all() else None
 
+    def last_of_each(self) -> list[Attacked]:
+        """Every attack once, at its largest budget."""
+        last: dict[str, Attacked] = {}
+        for attack in self.attacks:
+            known = last.get(attack.result.name)
+            if known is None or (attack.result.budget or 0.0) > (known.result.budget or 0.0):
+                last[attack.result.name] = attack
+        return list(last.values())
+
     def find(
         self, *prefixes: str, norm: Norm | None = None, budget: float | Literal["any"] | None = "any"
     ) -> list[Attacked]:
