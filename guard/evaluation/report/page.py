@@ -83,7 +83,7 @@ def _table(caption: str, head: Sequence[str], rows: Rows, classes: Mapping[int, 
         cells = "".join(f"<td>{_cell(cell)}</td>" for cell in row)
         lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>'
+        f'<h3>{escape(caption)}</h3><div class="scroll"><table><thead><tr>{columns}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -188,9 +188,9 @@ def _standing(both: Sequence[Evaluation]) -> str:
         else ""
     )
     return (
-        '<div class="scroll"><table><caption>Robust accuracy with rejection: right and accepted under all '
-        f"attacks of the run</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody>"
-        f"</table></div>{warning}"
+        "<h3>Robust accuracy with rejection: right and accepted under all attacks of the run</h3>"
+        f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>{warning}"
     )
 
 
@@ -216,7 +216,7 @@ def _checks(evaluation: Evaluation) -> str:
         )
     columns = "".join(f"<th>{text}</th>" for text in ("check", "verdict", "expected", "found", "numbers"))
     return (
-        '<div class="scroll"><table><caption>Is a defence hiding its gradients?</caption>'
+        '<h3>Is a defence hiding its gradients?</h3><div class="scroll"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
