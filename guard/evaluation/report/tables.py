@@ -133,8 +133,7 @@ def _detected(attack: Attacked | None) -> str:
 def _median_l2(attack: Attacked | None) -> str:
     if attack is None:
         return MISSING
-    lengths = attack.lengths("l2")[attack.success]
-    return f"{words.number(float(np.median(lengths)))} (n = {len(lengths)})" if len(lengths) else MISSING
+    return words.middle(attack.lengths("l2")[attack.success])
 
 
 def lipgen_2(evaluations: Sequence[Evaluation]) -> Table:
@@ -143,8 +142,7 @@ def lipgen_2(evaluations: Sequence[Evaluation]) -> Table:
     def ours(evaluation: Evaluation) -> Iterable[tuple[str, Sequence[str]]]:
         results = evaluation.results
         nearest = evaluation.nearest("l2")[evaluation.right]
-        middle = float(np.median(nearest)) if len(nearest) else float("nan")
-        distance = f"{words.number(middle)} (n = {len(nearest)})" if evaluation.attacked_in("l2") else MISSING
+        distance = words.middle(nearest) if evaluation.attacked_in("l2") else MISSING
         yield "", [words.error(results.accuracy), distance, words.mean(results.jacobian)]
 
     return _table(
@@ -303,8 +301,9 @@ def scale_3(evaluations: Sequence[Evaluation]) -> Table:
         slopes = np.asarray(evaluation.clean["gradient_l2"], np.float64)
         slopes = slopes[np.isfinite(slopes)]
         if len(slopes):
-            mean, most = words.number(float(slopes.mean())), words.number(float(slopes.max()))
-            yield "logit margin", [f"{mean} (n = {len(slopes)})", most, MISSING, MISSING]
+            error = 1.96 * float(slopes.std()) / len(slopes) ** 0.5
+            mean = f"{words.number(float(slopes.mean()))} ± {words.number(error)} (n = {len(slopes)})"
+            yield "logit margin", [mean, words.number(float(slopes.max())), MISSING, MISSING]
 
     return _table(
         "SCALE Table 3",
