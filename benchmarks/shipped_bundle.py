@@ -279,7 +279,7 @@ def radii(calibration: bundles.Calibration) -> dict[str, Any]:
             "tightness": fitted.tightness,
             "violations": fitted.violations.model_dump(),
             "ablation": fitted.ablation,
-            "conformal": None if fitted.conformal is None else fitted.conformal.model_dump(),
+            "conformal": [scale.model_dump() for scale in fitted.conformal],
         }
         for norm, fitted in (("l2", calibration.l2), ("linf", calibration.linf))
     }

@@ -19,6 +19,7 @@ Loss = Literal["margin", "cross-entropy", "probability-margin"]
 Linear = Literal["steepest", "aligned"]
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Rows = NDArray[np.intp]
 
 TINY = 1e-30
 
@@ -27,6 +28,18 @@ BISECTIONS = 8
 
 FORWARD, GRADIENT = 1, 3
 """Cost per image of logits and of a gradient, in forward passes: a backward pass takes about two."""
+
+INSIDE = 1 - 1e-4
+"""Share of a radius that counts as strictly inside it, whatever the rounding."""
+
+LOSSES: tuple[Loss, ...] = ("margin", "cross-entropy", "probability-margin")
+"""What `inside` climbs. The margin follows the class that leads, cross-entropy looks at all."""
+
+CLASSES = 9
+"""Most probable other classes that `nearest` looks at, the runner-up among them."""
+
+WITHIN = 1.5
+"""`nearest` is led only towards classes that seem at most so many times as far as the nearest found."""
 
 
 class Differentiable(Protocol):
@@ -42,6 +55,14 @@ class Differentiable(Protocol):
         `margin` is max_{i != y} z_i - z_y, positive once the prediction is no longer y; `cross-entropy` is
         -log p_y.
         """
+        ...
+
+
+class WithRows(Differentiable, Protocol):
+    """A model that can also be led towards a class of choice; `guard.runtime.Detector` is one."""
+
+    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
+        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B, K)."""
         ...
 
 
@@ -176,6 +197,48 @@ def pgd(
     return Found(best, success, np.where(success, moved, np.inf), passes)
 
 
+def inside(
+    model: Differentiable,
+    images: Floats,
+    labels: Labels,
+    radius: NDArray[np.float64],
+    *,
+    norm: Norm,
+    losses: Sequence[Loss] = LOSSES,
+    steps: int = 20,
+    restarts: int = 2,
+    seed: int = 0,
+) -> Found:
+    """PGD strictly inside each image's `radius` (B,), on every loss, from the image and from random points.
+
+    `labels` (B,) are the predicted classes. Attacked images may leave [0, 1], since a radius speaks of every
+    perturbation. A success is moved back to just past the boundary, so that its distance also counts against
+    smaller radii; an image broken by one loss is spared the others. Radii of 0 and infinite ones are not
+    attacked. Source: Madry et al. 2018.
+    """
+    best = Found(images.copy(), np.zeros(len(images), np.bool_), np.full(len(images), np.inf))
+    for at, loss in enumerate(losses):
+        rows = np.flatnonzero(~best.success & np.isfinite(radius) & (radius > 0))
+        if not len(rows):
+            break
+        found = pgd(
+            model,
+            images[rows],
+            labels[rows],
+            INSIDE * radius[rows],
+            norm=norm,
+            steps=steps,
+            restarts=restarts,
+            loss=loss,
+            seed=seed + 1000 * at,
+        )
+        found_images = onto_boundary(model, images[rows], found.images, labels[rows], found.success)
+        best.images[rows], best.success[rows] = found_images, found.success
+        moved = length(found_images - images[rows], norm)
+        best.distance[rows] = np.where(found.success, moved, np.inf)
+    return best
+
+
 def minimum_norm(
     model: Differentiable,
     images: Floats,
@@ -194,6 +257,86 @@ def minimum_norm(
     0 where the image is not predicted as its label to begin with. Source: Pintor et al. 2021 (FMN), Rony et
     al. 2019 (DDN).
     """
+
+    def ascent(points: Floats, rows: Rows) -> tuple[Floats, Floats, Floats]:
+        return model.loss_gradient(points, labels[rows], "margin")
+
+    return _minimum_norm(
+        model, images, labels, ascent, norm=norm, steps=steps, bisections=bisections, clip=clip
+    )
+
+
+def nearest(
+    model: WithRows,
+    images: Floats,
+    labels: Labels,
+    *,
+    norm: Norm,
+    steps: int = 20,
+    classes: int = CLASSES,
+    clip: bool = False,
+) -> Found:
+    """The nearest of `minimum_norm` and of the same ascent led towards each of the likeliest other classes.
+
+    Ascent on the margin follows whichever class leads; where another one's boundary is nearer, it stays
+    unseen. So each of the `classes` most probable others but the runner-up gets an attack of its own, on z_k
+    - z_c, for the images whose linearized distance to it is below `WITHIN` times the nearest found so far.
+    """
+    best = minimum_norm(model, images, labels, norm=norm, steps=steps, clip=clip)
+    others = model.logits(images).astype(np.float64)
+    np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
+    order = np.argsort(-others, axis=1, kind="stable")[:, :-1]
+    for place in range(1, min(classes, order.shape[1])):
+        target = order[:, place]
+        _, values, gradient = _towards(model, images, labels, target)
+        linear = -values / np.maximum(dual_length(gradient, norm), TINY)
+        rows = np.flatnonzero(linear < WITHIN * best.distance)
+        if not len(rows):
+            continue
+        found = _nearest_towards(
+            model, images[rows], labels[rows], target[rows], norm=norm, steps=steps, clip=clip
+        )
+        nearer = found.distance < best.distance[rows]
+        best.images[rows[nearer]] = found.images[nearer]
+        best.success[rows[nearer]], best.distance[rows[nearer]] = True, found.distance[nearer]
+    return best
+
+
+def _nearest_towards(
+    model: WithRows, images: Floats, labels: Labels, target: Labels, *, norm: Norm, steps: int, clip: bool
+) -> Found:
+    def ascent(points: Floats, rows: Rows) -> tuple[Floats, Floats, Floats]:
+        return _towards(model, points, labels[rows], target[rows])
+
+    return _minimum_norm(model, images, labels, ascent, norm=norm, steps=steps, clip=clip)
+
+
+def _towards(
+    model: WithRows, images: Floats, labels: Labels, target: Labels
+) -> tuple[Floats, Floats, Floats]:
+    """Logits (B, K), z_target - z_label (B,) and its gradient (B, C, H, W)."""
+    logits = model.logits(images)
+    index = np.arange(len(images))
+    cotangents = np.zeros_like(logits)
+    cotangents[index, target] = 1
+    cotangents[index, labels] -= 1
+    return logits, logits[index, target] - logits[index, labels], model.vjp(images, cotangents)
+
+
+def _minimum_norm(
+    model: Differentiable,
+    images: Floats,
+    labels: Labels,
+    ascent: Callable[[Floats, Rows], tuple[Floats, Floats, Floats]],
+    *,
+    norm: Norm,
+    steps: int,
+    bisections: int = BISECTIONS,
+    clip: bool,
+) -> Found:
+    """`minimum_norm` on the loss of `ascent(points, rows)`: logits, loss, positive beyond the boundary, and
+    gradient.
+    """
     count = len(images)
     best = images.copy()
     distance = np.full(count, np.inf)
@@ -209,7 +352,7 @@ def minimum_norm(
         if clip:
             points = np.clip(points, 0.0, 1.0)
         moved = points - images[rows]
-        logits, values, gradient = model.loss_gradient(points, labels[rows], "margin")
+        logits, values, gradient = ascent(points, rows)
         flipped = logits.argmax(axis=1) != labels[rows]
         reach = length(moved, norm)
         passes[rows[~np.isfinite(distance[rows])]] += GRADIENT
@@ -287,6 +430,7 @@ def largest_remainder(
     norm: Norm,
     steps: int = 20,
     linear: Linear = "steepest",
+    steepness: NDArray[np.float64] | None = None,
 ) -> Remainder:
     """How far the loss can rise above its linear part for ||v||_q <= eps (B,), by projected ascent from each
     start.
@@ -295,13 +439,14 @@ def largest_remainder(
     gradient at the images; v is free, not clipped. With `linear` "aligned" the remainder is SCALE's (eq. 5),
     l(x + v) - l(x) - <v, ∇l(x)>, whose gradient is ∇l(x + v) - ∇l(x). With "steepest" it is l(x + v) - l(x) -
     ||v||_q ||∇l(x)||_{q*}: at most SCALE's, and what its bound (eq. 6) needs; the ascent follows ∇l(x + v).
+    `steepness` (B,) then stands for ||∇l(x)||_{q*}, which it must not fall below.
     Steps fall linearly from eps to eps / 10. Never below 0, which v = 0 reaches. A lower bound of the
     supremum.
     """
     value = np.zeros(len(images))
     shift = np.zeros_like(images)
-    base_slope = dual_length(base_gradient, norm)
-    slope = base_slope.copy()
+    slope = dual_length(base_gradient, norm)
+    base_slope = slope if steepness is None else steepness
     for start in starts:
         here = project(start, eps, norm)
         for step in range(steps + 1):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from guard.errors import BundleError
 from guard.files import sha256, write_bytes
@@ -138,18 +138,32 @@ class ExtremeFit(Record):
 
 
 class ConformalScale(Record):
-    """Finite-sample scale of a radius: P(some attack of `suite` succeeds inside kappa * radius) <= alpha."""
+    """Finite-sample scale of a radius: P(some attack of `suite` succeeds inside kappa * radius) <= alpha.
+
+    The last two figures are measured on report images, to which nothing was fitted.
+    """
 
     alpha: Probability
     kappa: Annotated[float, Field(ge=0)]
     n: Annotated[int, Field(ge=1)]
     suite: list[str]
+    violations: Share | None = Field(default=None, description="attacked inside, of accepted report images")
+    mean_radius: Annotated[float, Field(ge=0)] | None = None
+
+
+def _listed(value: object) -> object:
+    """Of older calibrations: one conformal radius, or null for none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 class RadiusCalibration(Record):
-    """What was fitted and measured for the radii of one norm (pixels, [0, 1] scale)."""
+    """What was fitted and measured for the radii of one norm (pixels, [0, 1] scale).
+
+    `slope` is typical of the margin, for `guard.certificate.effective_slope`; 0 in older calibrations.
+    """
 
     lipschitz: Annotated[float, Field(ge=0)]
+    slope: Annotated[float, Field(ge=0)] = 0.0
     omega: OmegaRecord
     lipschitz_fit: ExtremeFit | None = None
     omega_fits: list[list[ExtremeFit]] = Field(default_factory=list, description="per bin and eps")
@@ -160,7 +174,9 @@ class RadiusCalibration(Record):
     attack: dict[str, Any]
     effort: dict[str, Any]
     ablation: dict[str, float] = Field(default_factory=dict, description="mean L-bound, first-order radius")
-    conformal: ConformalScale | None = None
+    conformal: Annotated[list[ConformalScale], BeforeValidator(_listed)] = Field(
+        default_factory=list, description="by alpha, the smallest first"
+    )
     histogram: Histogram | None = Field(
         default=None, description="served radii of clean report images; rejected ones count as radius 0"
     )

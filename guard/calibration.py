@@ -12,6 +12,7 @@ interrupted run goes on where it stopped.
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks, bundle, data, fitting, statistics
-from guard.attacks import Differentiable, Norm
+from guard.attacks import Norm, WithRows
 from guard.bundle import (
     CALIBRATION,
     CARD,
@@ -39,7 +40,7 @@ from guard.bundle import (
     Share,
 )
 from guard.card import with_calibration
-from guard.certificate import OmegaTable, first_order_radius, l_bound, omega_radius
+from guard.certificate import OmegaTable, effective_slope, first_order_radius, l_bound, omega_radius
 from guard.data import Dataset
 from guard.decision import ratio
 from guard.errors import BundleError, CalibrationError, DataError
@@ -54,15 +55,12 @@ from guard.stages import Arrays, Piece, Stages
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-STAGES_VERSION = 3
+STAGES_VERSION = 4
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
 TESTS: tuple[Literal["jacobian", "radius"], ...] = ("jacobian", "radius")
-SUITE = {norm: [f"minimum-norm {norm}"] for norm in NORMS}
-
-INSIDE = 1 - 1e-4
-"""Violations count strictly inside a radius."""
+SUITE = {norm: [f"minimum-norm {norm}", f"minimum-norm {norm} towards each likely class"] for norm in NORMS}
 
 _SPREAD = 2.5  # the histogram's even bins end at so many thresholds
 _BINS = 50
@@ -76,15 +74,15 @@ _PASS = 1.4
 class Settings:
     """What is promised. `fpr` is the clean false positive rate of the detector; with `guarantee` "pac" it
     holds with probability 1 - `delta` over the calibration images, with "marginal" on average over them.
-    `alpha` is the conformal radius's share of accepted images with a successful attack inside. `seed` fixes
-    folds, blocks and the attacks' random starts.
+    `alphas` are the conformal radii's shares of accepted images with a successful attack inside, in rising
+    order. `seed` fixes folds, blocks and the attacks' random starts.
     """
 
     score: ScoreName = "jacobian"
     fpr: float = 0.05
     guarantee: Literal["marginal", "pac"] = "marginal"
     delta: float = 0.05
-    alpha: float = 0.01
+    alphas: tuple[float, ...] = (0.01, 0.05)
     seed: int = 0
 
     @property
@@ -167,7 +165,7 @@ class _Run:
     ) -> None:
         self.found, self.dataset, self.settings, self.effort = found, dataset, settings, effort
         self.detector = detector
-        self.model: Differentiable = detector
+        self.model: WithRows = detector
         generator = np.random.default_rng([settings.seed, 1])
         # Data come sorted by class where they are a folder: blocks and subsamples need random order.
         parts = data.folds(len(dataset), settings.seed)
@@ -185,13 +183,12 @@ class _Run:
         effort, folds = self.effort, self.folds
         omega = min(effort.omega_images, len(folds["radii"]))
         violations = min(effort.violation_images, len(folds["report"]))
-        distances = min(effort.distance_images, len(folds["report"]))
         conformal = min(effort.distance_images, len(folds["conformal"]))
         per_norm = (
             omega * (self._screening() + effort.kept * self._ascent())
             + 0.13 * omega * 2 * (self._screening() + self._ascent())
-            + violations * self._pgd()
-            + (distances + conformal) * self._nearest()
+            + violations * (self._nearest() + self._pgd())
+            + conformal * self._nearest()
         )
         rows = min(effort.row_images, len(folds["radii"])) * self._rows()
         scores = _PASS * (2 * len(folds["threshold"]) + len(folds["radii"]) + len(folds["conformal"]))
@@ -199,7 +196,8 @@ class _Run:
         return round(2 * per_norm + rows + scores + _PASS * len(folds["report"]) + agreement)
 
     def _screening(self) -> float:
-        return self.effort.starts * (self.effort.steps // 2 + 1) + 1
+        ascent = self.effort.starts * (self.effort.steps // 2 + 1) + 1
+        return ascent + 1.25 * self.effort.steps + 12
 
     def _ascent(self) -> float:
         return len(fitting.EPS) * (self.effort.steps + 1) + 1
@@ -208,7 +206,7 @@ class _Run:
         return self.effort.violation_restarts * (self.effort.violation_steps + 1)
 
     def _nearest(self) -> float:
-        return self.effort.distance_steps + 4
+        return 2.5 * self.effort.distance_steps + 12
 
     def _agreement_images(self) -> int:
         """Fewer where there are many classes: every image takes a full Jacobian, in four variants."""
@@ -402,69 +400,75 @@ class _Run:
         rejected: NDArray[np.bool_],
         conformal: Measurement,
     ) -> RadiusCalibration:
-        slopes, fitted, change = self._fit_omega(stages, norm, clean)
-        slope = _slope(report, norm)
+        known = _finite(_slope(clean, norm))
+        typical = float(np.median(known)) if len(known) else 0.0
+        slopes, fitted, change = self._fit_omega(stages, norm, clean, typical)
+        slope = _slope(report, norm, typical)
         radius = omega_radius(report.margin, slope, fitted.table)
         accepted = np.flatnonzero(~rejected)
         if not len(accepted):
             raise CalibrationError("the detector rejects every report image; its threshold is of no use.")
         tried = accepted[: self.effort.violation_images]
-        nearest = tried[: self.effort.distance_images]
-        inside = self._violations(stages, norm, self.folds["report"][tried], radius[tried])
-        found = self._distances(stages, f"distances-{norm}", norm, self.folds["report"][nearest])
-        distance = found["distance"]
-        inside[: len(nearest)] |= distance < radius[nearest]
+        distance = self._distances(stages, f"distances-{norm}", norm, self.folds["report"][tried])
+        # What `nearest` left unbroken is attacked from inside its radius, on another loss.
+        rows = np.flatnonzero(distance >= radius[tried])
+        distance[rows] = np.minimum(
+            distance[rows], self._inside(stages, norm, self.folds["report"][tried[rows]], radius[tried[rows]])
+        )
         reached = np.isfinite(distance)
-        mean_radius = float(radius[nearest][reached].mean()) if reached.any() else 0.0
+        mean_radius = float(radius[tried][reached].mean()) if reached.any() else 0.0
         mean_distance = float(distance[reached].mean()) if reached.any() else 0.0
-        count = int(inside.sum())
         lipschitz = fitting.bound(slopes, self.effort.blocks)
-        scale = self._conformal_scale(stages, norm, conformal)
-        served = radius
-        if scale is not None:
-            served = np.minimum(
-                scale.kappa * first_order_radius(report.margin, slope), fitted.table.reach.max()
+        scales = self._conformal(stages, norm, conformal, typical)
+        first_order = first_order_radius(report.margin, slope)
+        stated = [np.minimum(scale.kappa * first_order, fitted.table.reach.max()) for scale in scales]
+        judged = [
+            scale.model_copy(
+                update={
+                    "violations": _violated(distance < values[tried]),
+                    "mean_radius": float(values[tried].mean()),
+                }
             )
+            for scale, values in zip(scales, stated, strict=True)
+        ]
         return RadiusCalibration(
             lipschitz=lipschitz.value,
+            slope=typical,
             lipschitz_fit=_record(lipschitz),
             omega=_omega_record(fitted.table),
             omega_fits=[[_record(fit) for fit in row] for row in fitted.fits],
-            violations=Share(
-                count=count,
-                n=len(tried),
-                value=count / len(tried),
-                upper=statistics.clopper_pearson_upper(count, len(tried)),
-            ),
+            violations=_violated(distance < radius[tried]),
             mean_radius=mean_radius,
             mean_distance=mean_distance,
             tightness=mean_radius / mean_distance if mean_distance else 0.0,
             attack={
                 "images": "report images that the detector accepts; attacks are not clipped to [0, 1]",
                 "violations": {
-                    "name": "PGD on the logit margin, inside the radius",
+                    "name": "those of distance, and PGD on the cross-entropy inside the radius",
                     "steps": self.effort.violation_steps,
                     "restarts": self.effort.violation_restarts,
                 },
                 "distance": {
-                    "name": "minimum-norm",
+                    "name": " and ".join(SUITE[norm]),
                     "steps": self.effort.distance_steps,
-                    "n": len(nearest),
+                    "n": len(tried),
                     "found": int(reached.sum()),
                     "median": float(np.median(distance)) if reached.all() else None,
                 },
             },
             effort={"images": len(slopes), "exceeded": fitting.EXCEEDED, **change},
             ablation={
-                "l_bound": float(l_bound(report.margin[nearest], lipschitz.value).mean()),
-                "first_order": float(_finite(first_order_radius(report.margin, slope)[nearest]).mean()),
+                "l_bound": float(l_bound(report.margin[tried], lipschitz.value).mean()),
+                "first_order": float(
+                    _finite(first_order_radius(report.margin, _slope(report, norm))[tried]).mean()
+                ),
             },
-            conformal=scale,
-            histogram=radius_histogram(np.where(rejected, 0.0, served)),
+            conformal=judged,
+            histogram=radius_histogram(np.where(rejected, 0.0, [*stated, radius][0])),
         )
 
     def _fit_omega(
-        self, stages: Stages, norm: Norm, clean: Measurement
+        self, stages: Stages, norm: Norm, clean: Measurement, typical: float
     ) -> tuple[Float64, FittedOmega, dict[str, Any]]:
         """Longest gradients met (B,), the table, and what a second look with twice the effort changed."""
         indices = self.folds["radii"][: self.effort.omega_images]
@@ -472,21 +476,33 @@ class _Run:
 
         def screening(part: Int64) -> Arrays:
             generator = self._generator(part, NORMS.index(norm))
+            images = self.pixels(part)
             margin, _, value, slope, shift = fitting.screen(
-                self.model, self.pixels(part), norm, self.effort, generator
+                self.model,
+                images,
+                norm,
+                self.effort,
+                generator,
+                beyond=self._beyond(images, norm),
+                typical=typical,
             )
             # Half precision is enough for a start, and halves the largest of the kept arrays.
             return {"margin": margin, "value": value, "slope": slope, "shift": shift.astype(np.float16)}
 
         screened = stages.run(f"omega-{norm}-screen", indices, screening, cost=self._screening())
         some = clean[: len(indices)]
-        plan = fitting.layout(first_order_radius(some.margin, _slope(some, norm)), self.effort)
+        plan = fitting.layout(first_order_radius(some.margin, _slope(some, norm, typical)), self.effort)
 
         def ascent(effort: Effort, start: NDArray[np.float16]) -> Piece:
             def piece(part: Int64) -> Arrays:
                 at = np.array([place[int(index)] for index in part])
                 values, slope = fitting.remainders(
-                    self.model, self.pixels(part), norm, effort, start[at].astype(np.float32)
+                    self.model,
+                    self.pixels(part),
+                    norm,
+                    effort,
+                    start[at].astype(np.float32),
+                    typical=typical,
                 )
                 return {"values": values, "slope": slope}
 
@@ -510,8 +526,11 @@ class _Run:
         def second(part: Int64) -> Arrays:
             generator = self._generator(part, 10 + NORMS.index(norm))
             images = self.pixels(part)
-            shift = fitting.screen(self.model, images, norm, again, generator)[4]
-            found_values, slope = fitting.remainders(self.model, images, norm, again, shift)
+            beyond = self._beyond(images, norm)
+            shift = fitting.screen(
+                self.model, images, norm, again, generator, beyond=beyond, typical=typical
+            )[4]
+            found_values, slope = fitting.remainders(self.model, images, norm, again, shift, typical=typical)
             return {"values": found_values, "slope": slope}
 
         cost = 2 * (self._screening() + cost)
@@ -522,57 +541,74 @@ class _Run:
         fitted = fitting.omega(plan, values)
         return slopes, fitted, {"second_look": _change(first.table, fitted.table), "leaders": len(leading)}
 
-    def _violations(self, stages: Stages, norm: Norm, indices: Int64, radius: Float64) -> NDArray[np.bool_]:
+    def _beyond(self, images: NDArray[np.float32], norm: Norm) -> NDArray[np.float32]:
+        """Near points of another class (B, C, H, W), by half the steps: they only start a search."""
+        labels = self.model.logits(images).argmax(axis=1)
+        steps = max(1, self.effort.steps // 2)
+        return attacks.nearest(self.model, images, labels, norm=norm, steps=steps).images
+
+    def _inside(self, stages: Stages, norm: Norm, indices: Int64, radius: Float64) -> Float64:
         limit = {int(index): float(value) for index, value in zip(indices, radius, strict=True)}
 
         def piece(part: Int64) -> Arrays:
             images = self.pixels(part)
-            found = attacks.pgd(
+            found = attacks.inside(
                 self.model,
                 images,
                 self.model.logits(images).argmax(axis=1),
-                INSIDE * np.array([limit[int(index)] for index in part]),
+                np.array([limit[int(index)] for index in part]),
                 norm=norm,
+                losses=("cross-entropy",),
                 steps=self.effort.violation_steps,
                 restarts=self.effort.violation_restarts,
                 seed=int(part[0]),
             )
-            return {"success": found.success}
+            return {"distance": found.distance}
 
         found = stages.run(f"violations-{norm}", indices, piece, cost=self._pgd())
-        return np.asarray(found["success"], dtype=np.bool_)
+        return np.asarray(found.get("distance", np.empty(0)), dtype=np.float64)
 
-    def _distances(self, stages: Stages, name: str, norm: Norm, indices: Int64) -> Arrays:
+    def _distances(self, stages: Stages, name: str, norm: Norm, indices: Int64) -> Float64:
         def piece(part: Int64) -> Arrays:
             images = self.pixels(part)
             labels = self.model.logits(images).argmax(axis=1)
-            found = attacks.minimum_norm(
-                self.model, images, labels, norm=norm, steps=self.effort.distance_steps
-            )
+            found = attacks.nearest(self.model, images, labels, norm=norm, steps=self.effort.distance_steps)
             return {"distance": found.distance}
 
-        return stages.run(name, indices, piece, cost=self._nearest())
+        return np.asarray(stages.run(name, indices, piece, cost=self._nearest())["distance"], np.float64)
 
-    def _conformal_scale(self, stages: Stages, norm: Norm, measured: Measurement) -> ConformalScale | None:
-        """The finite-sample scale of the first-order radius; None where there are too few accepted images, or
-        only the scale 0 would keep the promise.
+    def _conformal(
+        self, stages: Stages, norm: Norm, measured: Measurement, typical: float
+    ) -> list[ConformalScale]:
+        """The finite-sample scales by alpha; none for an alpha with too few accepted images, or where only
+        the scale 0 would keep the promise.
+
+        `typical` comes from the radii fold, so the scores of this one stay exchangeable with a fresh image's.
         """
-        radius = first_order_radius(measured.margin, _slope(measured, norm))
+        radius = first_order_radius(measured.margin, _slope(measured, norm, typical))
         accepted = np.flatnonzero(~self._rejects(measured) & np.isfinite(radius) & (radius > 0))
         accepted = accepted[: self.effort.distance_images]
-        try:
-            # The floor((n + 1) alpha)-th smallest of n, counted from the other end.
-            rank = len(accepted) + 1 - statistics.conformal_rank(len(accepted), self.settings.alpha)
-        except CalibrationError:
-            return None
+        ranks = {}
+        for alpha in self.settings.alphas:
+            with suppress(CalibrationError):
+                # The floor((n + 1) alpha)-th smallest of n, counted from the other end.
+                ranks[alpha] = len(accepted) + 1 - statistics.conformal_rank(len(accepted), alpha)
+        if not ranks:
+            return []
         indices = self.folds["conformal"][accepted]
-        distance = self._distances(stages, f"conformal-{norm}", norm, indices)["distance"]
-        kappa = float(np.sort(distance / radius[accepted])[rank - 1])
-        if not 0 < kappa < math.inf:
-            return None
-        return ConformalScale(
-            alpha=self.settings.alpha, kappa=kappa, n=len(accepted), suite=list(SUITE[norm])
-        )
+        distance = self._distances(stages, f"conformal-{norm}", norm, indices)
+        scores = np.sort(distance / radius[accepted])
+        return [
+            ConformalScale(alpha=alpha, kappa=kappa, n=len(accepted), suite=list(SUITE[norm]))
+            for alpha, rank in ranks.items()
+            if 0 < (kappa := float(scores[rank - 1])) < math.inf
+        ]
+
+
+def _violated(events: NDArray[np.bool_]) -> Share:
+    """A share with a one-sided upper bound."""
+    count, n = int(events.sum()), len(events)
+    return Share(count=count, n=n, value=count / n, upper=statistics.clopper_pearson_upper(count, n))
 
 
 def histogram(scores: Float64, threshold: float) -> Histogram:
@@ -608,10 +644,10 @@ def _change(first: OmegaTable, second: OmegaTable) -> dict[str, float]:
     }
 
 
-def _slope(measured: Measurement, norm: Norm) -> Float64:
-    """Dual norm of the margin's gradient, (B,)."""
+def _slope(measured: Measurement, norm: Norm, typical: float = 0.0) -> Float64:
+    """The margin's slope (B,), as radii take it; with `typical` 0 the dual norm of its gradient."""
     chosen = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
-    return np.asarray(chosen, dtype=np.float64)
+    return effective_slope(measured.logits, np.asarray(chosen, dtype=np.float64), typical)
 
 
 def _finite(values: Float64) -> Float64:

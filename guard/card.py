@@ -70,7 +70,10 @@ def calibration_section(calibration: Calibration) -> str:
         ("mean smallest attack distance", [f"{radii.mean_distance:.4f}" for _, radii in pairs]),
         ("tightness: the first over the second", [f"{radii.tightness:.2f}" for _, radii in pairs]),
         ("attacks succeed inside the radius", [_violations(radii) for _, radii in pairs]),
-        ("conformal radius; alpha", [_conformal(radii) for _, radii in pairs]),
+        *(
+            (f"conformal radius at alpha {percent(alpha)}", [_conformal(radii, alpha) for _, radii in pairs])
+            for alpha in sorted({scale.alpha for _, radii in pairs for scale in radii.conformal})
+        ),
     ]
     lines += ["", "| radii, accepted images, pixels in [0, 1] | l2 | linf |", "|---|---|---|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
@@ -93,9 +96,17 @@ def _violations(radii: RadiusCalibration) -> str:
     return f"{share.count} of {share.n} (at most {share.upper:.2%} with {share.level:.0%} confidence)"
 
 
-def _conformal(radii: RadiusCalibration) -> str:
-    scale = radii.conformal
-    return "none" if scale is None else f"{scale.kappa:.3f} of the first-order radius; {scale.alpha:g}"
+def _conformal(radii: RadiusCalibration, alpha: float) -> str:
+    scale = next((scale for scale in radii.conformal if scale.alpha == alpha), None)
+    if scale is None:
+        return "none"
+    if scale.violations is None or scale.mean_radius is None:
+        return f"{scale.kappa:.3f} of the first-order radius"
+    share = scale.violations
+    return (
+        f"{scale.mean_radius:.4f} on average; attacked inside: {share.count} of {share.n} (at most "
+        f"{share.upper:.2%})"
+    )
 
 
 def _command(arguments: dict[str, Any]) -> str:

@@ -16,9 +16,17 @@ subtracts <v, ∇l(x)> instead, which is at most ||v|| g: ours is never larger, 
 
 omega and L are fitted to held-out images (`guard.calibration`), so the omega-bound that is served is an
 **estimate**; the share of held-out images for which an attack still succeeds inside it is measured and served
-beside it. Where calibration images suffice, a **conformal** radius kappa rho is served too: kappa is the
-floor((n + 1) alpha)-th smallest of (smallest attack distance) / rho over n held-out accepted images, so that
-the same attack succeeds strictly inside for a fresh accepted image with probability at most alpha.
+beside it. Where calibration images suffice, **conformal** radii kappa rho are served too. Let d be the
+smallest distance at which an attack of a named suite changes the prediction (inf: it fails), and kappa the
+floor((n + 1) alpha)-th smallest of d_i / rho_i over n held-out images that the detector accepts. For a fresh
+accepted image exchangeable with them, the suite succeeds strictly inside, d < kappa rho, only where its d /
+rho is below that order statistic: with probability at most alpha, for any model and any n, over the draw of
+all n + 1 images (Vovk et al. 2005; Lei et al. 2018, section 2). That says nothing of attacks outside the
+suite.
+
+Both proofs hold for any slope g at least ||∇M(x)||_{q*}, in omega's definition too. Served gradients know the
+runner-up alone, and where its margin is unusually flat, a third class may be the nearer one; so g is
+`effective_slope`, which takes the third class for as steep as classes usually are.
 
 omega grows with the image's own scale, so it is tabulated relative to it: eps in units of rho, omega in units
 of M. Then eps g + omega(eps) <= M reads t + omega(t) <= 1 with t = eps / rho. A table may have several rows,
@@ -130,6 +138,23 @@ def l_bound(margin: ArrayLike, lipschitz: float) -> Floats:
     """M / L_q, (B,) (SCALE Prop. 2.2). An estimate, as L is fitted; 0 where the margin is NaN or L is 0."""
     m = np.asarray(margin, dtype=np.float64)
     return np.where((m > 0) & (lipschitz > 0), m / (lipschitz or 1.0), 0.0)
+
+
+def effective_slope(logits: ArrayLike, gradient_norm: ArrayLike, typical: float) -> Floats:
+    """How steeply the margin is taken to fall, (B,): √(g² + (`typical` M / M3)²), g its gradient's norm.
+
+    M3 = z_c - z_3 is the lead over the third class of the logits (B, K). A served gradient knows the
+    runner-up alone: where its margin is unusually flat, a class further behind may be the nearer one, at
+    about M3 / `typical` if its slope is the usual one. M over this slope is about the smaller of the two
+    distances. With two classes, or `typical` 0, it is g.
+    """
+    z, g = np.asarray(logits, dtype=np.float64), np.asarray(gradient_norm, dtype=np.float64)
+    if z.shape[1] < 3 or typical == 0:
+        return g
+    third, second, first = np.sort(np.partition(z, z.shape[1] - 3, axis=1)[:, -3:], axis=1).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(first == third, 0.0, (first - second) / (first - third))
+    return np.asarray(np.hypot(g, typical * share), dtype=np.float64)
 
 
 def omega_radius(margin: ArrayLike, gradient_norm: ArrayLike, table: OmegaTable) -> Floats:

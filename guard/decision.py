@@ -17,7 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from guard import bundle as bundles
 from guard.bundle import Bundle, Calibration, NormName, OmegaRecord
-from guard.certificate import Kind, OmegaTable, Radius, first_order_radius, omega_radius, strongest_first
+from guard.certificate import (
+    Kind,
+    OmegaTable,
+    Radius,
+    effective_slope,
+    first_order_radius,
+    omega_radius,
+    strongest_first,
+)
 from guard.errors import BundleError
 from guard.guarded import GRAPH_VERSION
 from guard.runtime import Detector, Measurement, score_of
@@ -228,7 +236,7 @@ class Guard:
         """Turns measurements of B images into decisions: everything but running the model."""
         tests = self._tests(measurement)
         scores = self._scores(tests)
-        radii = {norm: self._radii(measurement, norm) for norm in NORMS}
+        radii = {norm: self.radii(measurement, norm) for norm in NORMS}
         numbers = np.column_stack(
             [measurement.logits, measurement.margin, measurement.gradient_l2, measurement.gradient_l1]
         )
@@ -295,8 +303,11 @@ class Guard:
             return values
         return _largest_ratio(tests)
 
-    def _radii(self, measurement: Measurement, norm: NormName) -> list[tuple[Radius, Float64]]:
-        """The kinds of radius there are for a norm, strongest first, each with the images' values (B,)."""
+    def radii(self, measurement: Measurement, norm: NormName) -> list[tuple[Radius, Float64]]:
+        """The kinds of radius there are for a norm, strongest first, each with the images' values (B,).
+
+        They are what accepted images are answered; that rejected ones get 0 is not in them yet.
+        """
         calibration = self.calibration.radii(norm)
         gradient = measurement.gradient_l2 if norm == "l2" else measurement.gradient_l1
         violations = calibration.violations
@@ -307,15 +318,15 @@ class Guard:
             violation_rate=violations.value,
             violation_upper=violations.upper,
         )
-        found = {estimate: omega_radius(measurement.margin, gradient, self._tables[norm])}
-        if calibration.conformal is not None:
-            scale = calibration.conformal
+        slope = effective_slope(measurement.logits, gradient, calibration.slope)
+        found = {estimate: omega_radius(measurement.margin, slope, self._tables[norm])}
+        # A smaller radius keeps the promise; this one would grow without end as the slope vanishes.
+        largest = self._tables[norm].reach.max()
+        first_order = first_order_radius(measurement.margin, slope)
+        for scale in calibration.conformal:
             conformal = Radius(
                 radius=math.nan, kind="conformal", method="scaled-first-order", alpha=scale.alpha
             )
-            # A smaller radius keeps the promise; this one would grow without end as the gradient vanishes.
-            largest = self._tables[norm].reach.max()
-            first_order = first_order_radius(measurement.margin, gradient)
             found[conformal] = np.minimum(scale.kappa * first_order, largest)
         return [(radius, found[radius]) for radius in strongest_first(list(found))]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from guard import attacks, extremes
 from guard.attacks import Differentiable, Floats, Labels, Linear, Norm
-from guard.certificate import OmegaTable, first_order_radius
+from guard.certificate import OmegaTable, effective_slope, first_order_radius
 from guard.errors import CalibrationError
 from guard.extremes import Extreme
 
@@ -53,7 +53,7 @@ class Effort:
     row_steps: int = 8
     violation_images: int = 1000
     violation_steps: int = 20
-    violation_restarts: int = 2
+    violation_restarts: int = 1
     distance_images: int = 500
     distance_steps: int = 20
     agreement_images: int = 250
@@ -76,7 +76,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Base:
-    """Images' predicted labels (B,), logit margins (B,), their gradients (B, C, H, W) and dual norms (B,)."""
+    """Images' predicted labels (B,), logit margins (B,), their gradients (B, C, H, W) and slopes (B,)."""
 
     images: Floats
     labels: Labels
@@ -96,11 +96,15 @@ class Base:
         return np.where(usable, remainder / np.where(usable, self.margin, 1.0), 0.0)
 
 
-def base_of(model: Differentiable, images: Floats, norm: Norm) -> Base:
-    """What the remainder of the loss -M is measured from; the gradient is that of the loss."""
+def base_of(model: Differentiable, images: Floats, norm: Norm, typical: float = 0.0) -> Base:
+    """What the remainder of the loss -M is measured from; the gradient is that of the loss.
+
+    The slope is `effective_slope`, with `typical` 0 the gradient's dual norm.
+    """
     labels = model.logits(images).argmax(axis=1).astype(np.int64)
-    _, losses, gradient = model.loss_gradient(images, labels, "margin")
-    return Base(images, labels, -losses.astype(np.float64), gradient, attacks.dual_length(gradient, norm))
+    logits, losses, gradient = model.loss_gradient(images, labels, "margin")
+    slope = effective_slope(logits, attacks.dual_length(gradient, norm), typical)
+    return Base(images, labels, -losses.astype(np.float64), gradient, slope)
 
 
 def screen(
@@ -110,16 +114,23 @@ def screen(
     effort: Effort,
     generator: np.random.Generator,
     *,
+    beyond: Floats | None = None,
+    typical: float = 0.0,
     linear: Linear = "steepest",
 ) -> tuple[Values, Values, Values, Values, Floats]:
-    """Margins, gradient norms, remainders at one radius in units of the margin, slopes (B,) and best shifts.
+    """Margins, slopes, remainders at one radius in units of the margin, longest gradients (B,), best shifts.
 
-    The starts are the gradient's own direction and random ones. Images without a finite first-order radius (a
-    tie, or a gradient of 0) give remainder 0 and are to be left out by the caller.
+    The starts are the gradient's own direction, the way to `beyond` and random ones. `beyond` (B, C, H, W)
+    are near points of another class, as `attacks.nearest` finds them: not always of the class that leads at
+    the image, which ascent would follow. Images without a finite first-order radius (a tie, or a gradient of
+    0) give remainder 0 and are to be left out by the caller.
     """
-    base = base_of(model, images, norm)
+    base = base_of(model, images, norm, typical)
     eps = EPS[SCREENED_AT] * base.radius
     starts = [attacks.column(eps) * attacks.steepest(base.gradient, norm)]
+    if beyond is not None:
+        away = beyond - images
+        starts.append(attacks.column(eps / np.maximum(attacks.length(away, norm), attacks.TINY)) * away)
     while len(starts) < effort.starts:
         starts.append(attacks.column(eps) * attacks.random_directions(images.shape, norm, generator))
     found = attacks.largest_remainder(
@@ -128,11 +139,12 @@ def screen(
         base.labels,
         -base.margin,
         base.gradient,
-        starts[: effort.starts],
+        starts,
         eps,
         norm=norm,
         steps=max(1, effort.steps // 2),
         linear=linear,
+        steepness=base.slope,
     )
     return base.margin, base.slope, base.relative(found.value), found.slope, found.shift
 
@@ -144,6 +156,7 @@ def remainders(
     effort: Effort,
     start: Floats,
     *,
+    typical: float = 0.0,
     linear: Linear = "steepest",
 ) -> tuple[Values, Values]:
     """Remainders (B, E) at every eps of the grid, in units of the margin, and the longest gradients met (B,).
@@ -151,9 +164,9 @@ def remainders(
     Each eps starts from the best perturbation of its neighbour on the grid, scaled; the first, at the
     screening radius, from `start`.
     """
-    base = base_of(model, images, norm)
+    base = base_of(model, images, norm, typical)
     values = np.zeros((len(images), len(EPS)))
-    slope = base.slope.copy()
+    slope = attacks.dual_length(base.gradient, norm)
     best: dict[int, Floats] = {SCREENED_AT: start}
     downward = range(SCREENED_AT, -1, -1)
     for at in [*downward, *range(SCREENED_AT + 1, len(EPS))]:
@@ -170,6 +183,7 @@ def remainders(
             norm=norm,
             steps=effort.steps,
             linear=linear,
+            steepness=base.slope,
         )
         best[at] = found.shift
         values[:, at] = base.relative(found.value)

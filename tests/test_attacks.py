@@ -43,6 +43,12 @@ class Quadratic:
         values = (logits[:, 1] - logits[:, 0]) * sign
         return logits, values.astype(np.float32), gradient.reshape(images.shape).astype(np.float32)
 
+    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
+        flat = images.reshape(len(images), -1)
+        return cotangents[:, 1].reshape(-1, 1, 1, 1) * (self.slope + flat * self.curvature).reshape(
+            images.shape
+        ).astype(np.float32)
+
 
 def exact_distance(images: Floats, weight: NDArray[np.float64], norm: Norm) -> NDArray[np.float64]:
     """Distance to the nearest other class of a linear model, in free space."""
@@ -94,6 +100,51 @@ def test_minimum_norm_finds_the_distance_of_a_linear_model(norm: Norm, classes: 
     assert (found.distance <= exact * 1.3).all()
     assert (detector.logits(found.images).argmax(axis=1) != labels).all()
     assert attacks.length(found.images - images, norm) == pytest.approx(found.distance)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_nearest_also_sees_classes_that_do_not_lead(norm: Norm, classes: int) -> None:
+    detector, weight = linear_detector(classes=classes)
+    images = networks.images(40, SHAPE)
+    labels = detector.logits(images).argmax(axis=1)
+    exact = exact_distance(images, weight, norm)
+    found = attacks.nearest(detector, images, labels, norm=norm, steps=30)
+    assert found.success.all()
+    assert found.distance == pytest.approx(exact, rel=0.01)
+    assert (found.distance >= exact * (1 - 1e-4)).all()
+    assert (detector.logits(found.images).argmax(axis=1) != labels).all()
+    assert attacks.length(found.images - images, norm) == pytest.approx(found.distance)
+    alone = attacks.minimum_norm(detector, images, labels, norm=norm, steps=30)
+    assert (found.distance <= alone.distance).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_attacks_from_inside_a_radius_stay_out_of_what_no_attack_can_break(norm: Norm) -> None:
+    detector, weight = linear_detector(classes=3)
+    images = networks.images(30, SHAPE)
+    labels = detector.logits(images).argmax(axis=1)
+    exact = exact_distance(images, weight, norm)
+    kept = attacks.inside(detector, images, labels, 0.999 * exact, norm=norm)
+    assert not kept.success.any()
+    assert np.isinf(kept.distance).all()
+    broken = attacks.inside(detector, images, labels, 1.2 * exact, norm=norm, restarts=1)
+    assert broken.success.all()
+    assert broken.distance == pytest.approx(exact, rel=0.1)
+    assert (broken.distance >= exact * (1 - 1e-5)).all()
+    assert (detector.logits(broken.images).argmax(axis=1) != labels).all()
+    none = attacks.inside(detector, images, labels, np.where(exact > 0.1, 0, np.inf), norm=norm)
+    assert not none.success.any(), "neither a radius of 0 nor an unbounded one is attacked"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_attacks_on_radii_reach_beyond_valid_images(norm: Norm) -> None:
+    detector = Detector(networks.linear(np.array([[1.0, 0, 0, 0], [0, 0, 0, 0]])), provider="cpu")
+    dark = np.zeros((1, 1, 2, 2), np.float32)
+    dark[0, 0, 0, 0] = 0.25  # class 0 down to an intensity of 0
+    found = attacks.inside(detector, dark, np.array([0]), np.array([0.5]), norm=norm)
+    assert found.success.all()
+    assert found.images.min() < 0
 
 
 def test_clipped_attacks_stay_in_the_cube_and_succeed_less_often() -> None:

@@ -22,6 +22,7 @@ from guard.runtime import Detector
 from guard.settings import Policy
 from guard.statistics import conformal_rank
 from tests import networks
+from tests.test_decision import calibration_record
 
 SHAPE = (3, 8, 8)
 QUICK = Effort(
@@ -117,7 +118,11 @@ def test_record_is_complete_and_loads(calibrated: tuple[Path, bundle.Calibration
         assert radii.violations.n == 40
         assert 0 < radii.mean_radius < radii.mean_distance
         assert radii.ablation["l_bound"] <= radii.ablation["first_order"]
-        assert radii.conformal is None  # alpha = 0.01 needs 99 accepted images
+        (conformal,) = radii.conformal  # alpha = 0.01 needs 99 accepted images
+        assert conformal.alpha == 0.05
+        assert conformal.n <= 40
+        assert conformal.violations is not None
+        assert conformal.violations.n == 40
     assert not list(folder.parent.glob(".net*"))
 
 
@@ -213,6 +218,9 @@ def test_linear_model_gets_exact_radii(tmp_path: Path) -> None:
         assert radii.lipschitz == pytest.approx(size, rel=1e-3)
         assert radii.violations.count == 0
         assert radii.tightness == pytest.approx(1, abs=0.02)
+        (conformal,) = radii.conformal
+        assert conformal.kappa == pytest.approx(1, abs=0.02)
+        assert conformal.mean_radius == pytest.approx(radii.mean_distance, rel=0.02)
 
 
 def test_interrupted_run_goes_on_where_it_stopped(
@@ -321,6 +329,43 @@ def test_a_model_replaced_meanwhile_keeps_its_bundle(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
+def test_conformal_radii_are_served_and_exceeded_by_exactly_their_share_of_the_fold(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    made = calibrate(folder, noise, Settings(alphas=(0.1, 0.3)), QUICK, silent=True)
+    part = np.random.default_rng([0, 1])
+    folds = {name: part.permutation(rows) for name, rows in data.folds(400, 0).items()}
+    images = data.to_floats(noise.images[folds["conformal"]])
+    guard = Guard.from_bundle(folder, "cpu", policy=Policy())
+    measured = guard.measure(images)
+    accepted = guard.ratios(measured) <= 1
+    images, measured = images[accepted], measured[accepted]
+    for norm in calibration.NORMS:
+        radii = made.radii(norm)
+        assert [scale.alpha for scale in radii.conformal] == [0.1, 0.3]
+        distance = attacks.nearest(guard.detector, images, measured.labels, norm=norm, steps=8).distance
+        served = dict(guard.radii(measured, norm))
+        for scale in radii.conformal:
+            (values,) = [v for radius, v in served.items() if radius.alpha == scale.alpha]
+            inside = int((distance < values * (1 - 1e-3)).sum())
+            assert inside <= int((len(images) + 1) * scale.alpha) - 1
+            assert scale.n == len(images)
+        assert radii.slope > 0
+        small, large = radii.conformal
+        assert small.kappa <= large.kappa
+        assert (small.mean_radius or 0) <= (large.mean_radius or 0) <= radii.mean_distance
+
+
+def test_calibrations_with_one_conformal_scale_are_still_read() -> None:
+    old = {"alpha": 0.01, "kappa": 0.54, "n": 500, "suite": ["minimum-norm l2"]}
+    base = calibration_record("")["l2"]
+    assert bundle.RadiusCalibration.model_validate(base | {"conformal": None}).conformal == []
+    read = bundle.RadiusCalibration.model_validate(base | {"conformal": old})
+    assert [scale.kappa for scale in read.conformal] == [0.54]
+    assert read.slope == 0
+
+
 def test_no_conformal_radius_of_scale_0(
     network: onnx.ModelProto, noise: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,8 +374,8 @@ def test_no_conformal_radius_of_scale_0(
 
     monkeypatch.setattr(attacks, "minimum_norm", at_once)
     folder = make_bundle(tmp_path / "net", network)
-    made = calibrate(folder, noise, Settings(alpha=0.1), QUICK, silent=True)
-    assert made.l2.conformal is None
+    made = calibrate(folder, noise, Settings(alphas=(0.1,)), QUICK, silent=True)
+    assert made.l2.conformal == []
     assert made.l2.violations.value == 1
 
 

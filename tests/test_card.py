@@ -50,7 +50,7 @@ def test_the_section_says_what_was_measured_and_how() -> None:
         "| accuracy | 91.00%",
         "| same decision as the full Jacobian's, clean | 50 of 50 |",
         "| mean omega-bound radius (estimate) | 0.2500 | 0.2500 |",
-        "0.700 of the first-order radius; 0.01",
+        "| conformal radius at alpha 1% | none | 0.700 of the first-order radius |",
     ):
         assert words in card
     assert "with probability 95%" in with_calibration("", record(guarantee="pac", delta=0.05))

@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from guard import certificate
 from guard.certificate import OmegaTable, Radius
 from guard.errors import CalibrationError
+from guard.statistics import conformal_rank
 
 EPS = np.array([0.5, 1.0, 2.0, 4.0])
 
@@ -120,6 +121,27 @@ def test_radius_satisfies_the_bound_and_is_monotone(
 def test_impossible_tables_are_refused(broken: dict[str, Any]) -> None:
     with pytest.raises(CalibrationError, match="omega table"):
         table(**broken)
+
+
+def test_effective_slope_by_hand() -> None:
+    logits = [[5.0, 1.0, 9.0, 3.0], [2.0, 0.0, 2.0, 1.0], [4.0, 4.0, 4.0, 0.0]]  # M / M3 = 4 / 6, 0, a tie
+    assert certificate.effective_slope(logits, [3.0, 3.0, 3.0], 6.0) == pytest.approx([5.0, 3.0, 3.0])
+    assert certificate.effective_slope(logits, [3.0, 0.0, 3.0], 0.0) == pytest.approx([3.0, 0.0, 3.0])
+    assert certificate.effective_slope([[1.0, 5.0]], [3.0], 6.0) == pytest.approx([3.0]), "two classes"
+    broken = certificate.effective_slope([[np.nan, 1.0, 2.0], [np.inf, np.inf, 0.0]], [1.0, np.inf], 6.0)
+    assert not np.isfinite(broken).any()
+    assert not certificate.first_order_radius([1.0, 1.0], broken).any()
+
+
+def test_a_fresh_image_is_attacked_inside_as_often_as_promised_and_no_more() -> None:
+    # 99 calibration images and a fresh one, of whatever law: below the fifth smallest ratio with 5%.
+    generator = np.random.default_rng(0)
+    radius = generator.lognormal(sigma=1.5, size=(4000, 100))
+    distance = radius * generator.lognormal(-0.3, 0.4, radius.shape) / (1 + radius)
+    distance[generator.random(radius.shape) < 0.2] = np.inf  # attacks that failed
+    kappa = np.sort((distance / radius)[:, :-1], axis=1)[:, 99 - conformal_rank(99, 0.05)]
+    broken = float((distance[:, -1] < kappa * radius[:, -1]).mean())
+    assert broken == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / len(radius)))
 
 
 def test_strongest_kind_stands_first() -> None:

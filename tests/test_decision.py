@@ -198,6 +198,25 @@ def test_a_conformal_radius_stands_before_the_estimate(tmp_path: Path) -> None:
     }
 
 
+def test_conformal_radii_of_several_alphas_by_hand(tmp_path: Path) -> None:
+    suite = {"n": 100, "suite": ["pgd"]}
+    scales = [{"alpha": 0.01, "kappa": 0.3, **suite}, {"alpha": 0.05, "kappa": 0.6, **suite}]
+    l2 = calibration_record("")["l2"] | {"conformal": scales, "slope": 8.0}
+    guard = guard_of(tmp_path / "b", threshold=9.0, l2=l2)
+    (decision,) = guard.classify(image(1.0, 0.5, 0, 0))  # logits 4, 1.5, 0: M = 2.5, M3 = 4, g = 5
+    found = dumped(decision)["certificate"]["l2"]
+    rho = 2.5 / math.hypot(5.0, 8.0 * 2.5 / 4)
+    others = found["others"]
+    assert found["radius"] == pytest.approx(0.3 * rho)
+    assert others[0]["radius"] == pytest.approx(0.6 * rho)
+    assert others[1]["radius"] == pytest.approx(rho), (
+        "omega is 0: the first-order radius, third class and all"
+    )
+    assert [one["kind"] for one in (found, *others)] == ["conformal", "conformal", "estimate"]
+    assert [one.get("alpha") for one in (found, *others)] == [0.01, 0.05, None]
+    assert guard.calibration.l2.conformal[0].violations is None
+
+
 def test_no_radius_reaches_beyond_what_was_examined(tmp_path: Path) -> None:
     conformal = {"alpha": 0.05, "kappa": 0.5, "n": 100, "suite": ["pgd"]}
     l2 = calibration_record("")["l2"] | {"conformal": conformal}

@@ -17,7 +17,7 @@ from guard.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from guard.bundle import Calibration, RadiusCalibration
+    from guard.bundle import Calibration, RadiusCalibration, Share
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -137,6 +137,7 @@ def _summary(folder: Path, calibration: "Calibration") -> dict[str, object]:
                 "mean_distance": radii.mean_distance,
                 "tightness": radii.tightness,
                 "violations": radii.violations.model_dump(),
+                "conformal": [scale.model_dump() for scale in radii.conformal],
             }
             for norm, radii in (("l2", calibration.l2), ("linf", calibration.linf))
         },
@@ -164,12 +165,23 @@ def _text(folder: Path, calibration: "Calibration") -> str:
 
 
 def _radii_line(norm: str, radii: "RadiusCalibration") -> str:
-    inside = radii.violations
-    return (
+    text = (
         f"  {norm:4s} radius {radii.mean_radius:.4f} on average (an estimate), nearest attack found "
-        f"{radii.mean_distance:.4f}\n"
-        f"       attacked inside: {inside.count} of {inside.n} (at most {inside.upper:.2%} with "
-        f"{inside.level:.0%} confidence)"
+        f"{radii.mean_distance:.4f}\n       {_inside(radii.violations)}"
+    )
+    for scale in radii.conformal:
+        if scale.violations is not None and scale.mean_radius is not None:
+            text += (
+                f"\n       conformal at {scale.alpha:g}: {scale.mean_radius:.4f} on average\n"
+                f"       {_inside(scale.violations)}"
+            )
+    return text
+
+
+def _inside(share: "Share") -> str:
+    return (
+        f"attacked inside: {share.count} of {share.n} (at most {share.upper:.2%} with {share.level:.0%} "
+        "confidence)"
     )
 
 

@@ -196,8 +196,8 @@ def _radius(radii: "RadiusCalibration") -> str:
         f"found; attacked inside: {inside.value:.2%} of {inside.n}, at most {inside.upper:.2%} with "
         f"{inside.level:.0%} confidence"
     )
-    if radii.conformal is not None:
-        text += f"; conformal ones at alpha {radii.conformal.alpha:g}"
+    if radii.conformal:
+        text += f"; conformal ones at alpha {' and '.join(f'{one.alpha:g}' for one in radii.conformal)}"
     return text
 
 
