@@ -10,9 +10,10 @@ reference). Attacked images are those that the model classifies rightly; attacks
 from the true class. Detection counts successful attacks only. Beside it, because detection of an attack that
 ignores the detector says little: robust accuracy with rejection, the share of all images, right or wrong,
 that are accepted and right when clean and for which no attack found within the ball an image that is wrong
-and accepted, attacks on the detector included. Writes OUT.json, after every bundle, and OUT.md; bundles that
-OUT.json holds already, measured with the same settings, are not measured again. With `--card` the tables also
-go into the first bundle's card.
+and accepted, attacks on the detector included (`guard.evaluation.adaptive.joint`; what counts there is the
+decision that is served). Bundles have to be calibrated; their own threshold is not used.
+Writes OUT.json, after every bundle, and OUT.md; bundles that OUT.json holds already, measured with the same
+settings, are not measured again. With `--card` the tables also go into the first bundle's card.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,9 +34,13 @@ from guard import attacks, statistics
 from guard import bundle as bundles
 from guard.card import with_section
 from guard.data import Dataset, folds, load, to_floats
+from guard.decision import Guard
+from guard.evaluation import adaptive
+from guard.evaluation.target import Target
 from guard.files import atomic_folder, write_text
 from guard.progress import Progress
 from guard.runtime import Detector, Measurement, score_of
+from guard.settings import Policy
 
 Floats = NDArray[np.float32]
 Values = NDArray[np.float64]
@@ -51,10 +56,13 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Judge:
-    """Thresholds of the three scores; an image is accepted where its ratio is at most 1."""
+    """Thresholds of the three scores; an image is accepted where its ratio is at most 1. `target` has the
+    guards that would serve them.
+    """
 
     detector: Detector
     thresholds: dict[Score, dict[Literal["jacobian", "radius"], float]]
+    target: Target
 
     def ratios(self, measured: Measurement, score: Score) -> Values:
         """Largest score over its threshold (B,); NaN counts as infinite."""
@@ -81,7 +89,7 @@ def main() -> None:
     dataset = load(given.val, "test")
     settings = {
         name: getattr(given, name) for name in ("fpr", "images", "adaptive_images", "steps", "seed")
-    } | {"data": {"name": dataset.name, "digest": dataset.digest}}
+    } | {"data": {"name": dataset.name, "digest": dataset.digest}, "attack on the detector": "joint PGD"}
     path = given.out.with_suffix(".json")
     known: dict[str, dict[str, Any]] = {}
     if path.exists():
@@ -130,7 +138,7 @@ def measure(bundle: bundles.Bundle, dataset: Dataset, given: argparse.Namespace)
     name = bundle.manifest.name
 
     clean = {fold: measured(detector, dataset, part, f"{name}: clean") for fold, part in parts.items()}
-    judge = calibrated(detector, clean, given.fpr)
+    judge = calibrated(bundle, detector, clean, given.fpr)
     report = clean["report"]
     right = report.labels == labels
     entry: dict[str, Any] = {
@@ -176,9 +184,6 @@ def measure(bundle: bundles.Bundle, dataset: Dataset, given: argparse.Namespace)
             seed=at,
         )
 
-    def ratio(score: Score, batch: Floats) -> Values:
-        return judge.ratios(detector.measure(batch), score)
-
     nearest = attack("minimum-norm", minimum_norm)
     entry["distance"] = summary(nearest.distance) | {"found": share(nearest.success)}
     entry["attacks"] = {"minimum-norm l2": detection(judge, nearest)}
@@ -204,13 +209,13 @@ def measure(bundle: bundles.Bundle, dataset: Dataset, given: argparse.Namespace)
             with Progress(len(success), f"{name}: evading {score} at {eps}") as progress:
                 for at in range(0, len(success), BATCH):
                     some = slice(at, min(at + BATCH, len(success)))
-                    success[some] = attacks.evade(
-                        detector,
+                    success[some] = adaptive.joint(
+                        judge.target,
                         images[some],
                         truth[some],
                         eps,
-                        ratio=partial(ratio, score),
                         score=score,
+                        norm="l2",
                         steps=given.steps // 2,
                         seed=at,
                     ).success
@@ -241,7 +246,9 @@ def measured(detector: Detector, dataset: Dataset, part: NDArray[np.int64], titl
     return Measurement.concatenate(pieces)
 
 
-def calibrated(detector: Detector, clean: dict[str, Measurement], fpr: float) -> Judge:
+def calibrated(
+    bundle: bundles.Bundle, detector: Detector, clean: dict[str, Measurement], fpr: float
+) -> Judge:
     single: dict[Score, dict[Literal["jacobian", "radius"], float]] = {
         name: {name: statistics.conformal_threshold(score_of(clean["threshold"], name), fpr)}
         for name in ("jacobian", "radius")
@@ -251,13 +258,35 @@ def calibrated(detector: Detector, clean: dict[str, Measurement], fpr: float) ->
         for fold in ("radii", "threshold")
     ]
     joint, _ = statistics.joint_thresholds(columns[0], columns[1], fpr)
-    return Judge(detector, single | {"combined": {"jacobian": float(joint[0]), "radius": float(joint[1])}})
+    thresholds = single | {"combined": {"jacobian": float(joint[0]), "radius": float(joint[1])}}
+    guards: dict[bundles.ScoreName, Guard] = {
+        score: guard_of(bundle, detector, score, tests) for score, tests in thresholds.items()
+    }
+    return Judge(detector, thresholds, Target(detector, guards))
+
+
+def guard_of(
+    bundle: bundles.Bundle,
+    detector: Detector,
+    score: Score,
+    tests: dict[Literal["jacobian", "radius"], float],
+) -> Guard:
+    """The bundle as it would be served with these thresholds."""
+    several = score == "combined"
+    listed = [bundles.ScoreThreshold(name=name, threshold=value) for name, value in tests.items()]
+    changes = {
+        "score": score,
+        "threshold": 1.0 if several else listed[0].threshold,
+        "tests": listed if several else [],
+    }
+    calibration = bundle.calibrated().model_copy(update=changes)
+    served = Detector(detector.model, score=score, provider=detector.provider, threads=detector.threads)
+    return Guard(replace(bundle, calibration=calibration), served, Policy())
 
 
 def accepted(judge: Judge, found: attacks.Found, score: Score) -> Flags:
     """Successful attacks that the detector accepts."""
-    ratio = judge.ratios(judge.detector.measure(found.images), score)
-    return np.asarray(found.success & (ratio <= 1), dtype=np.bool_)
+    return np.asarray(found.success & judge.target.verdict(found.images, score).accepted, dtype=np.bool_)
 
 
 def detection(judge: Judge, found: attacks.Found) -> dict[str, Any]:

@@ -466,7 +466,7 @@ def largest_remainder(
 
 @dataclass(frozen=True)
 class Growth:
-    """Logits (B, K), a loss's descent direction -∇l and the gradient of log ||∇l||_2, both (B, C, H, W)."""
+    """Logits (B, K), a loss's descent direction -∇l and the gradient of log ||∇l||, both (B, C, H, W)."""
 
     logits: Floats
     descent: Floats
@@ -474,21 +474,30 @@ class Growth:
 
 
 def growth(
-    model: Differentiable, images: Floats, labels: Labels, loss: Loss, *, difference: float = 0.01
+    model: Differentiable,
+    images: Floats,
+    labels: Labels,
+    loss: Loss,
+    *,
+    norm: Norm = "l2",
+    difference: float = 0.01,
 ) -> Growth:
-    """How the length of a loss's gradient changes.
+    """How the length of a loss's gradient changes, in the dual of `norm`: l2 for l2, l1 for linf.
 
     With `cross-entropy` of class i the descent direction is u_i = ∇ log p_i, and row i of the Jacobian of the
     probabilities is p_i u_i; with `margin` of the predicted class it is ∇M. The gradient of a gradient's
-    length is a Hessian-vector product, taken here as a central difference of two gradients `difference`
-    either side along the gradient itself: bare ONNX has no second derivatives.
+    length is a Hessian-vector product, along the gradient itself in l2 and along its signs in linf, taken
+    here as a central difference of two gradients `difference` (in l2) either side: bare ONNX has no second
+    derivatives.
     """
     logits, _, gradient = model.loss_gradient(images, labels, loss)
-    along = np.float32(difference) * steepest(gradient, "l2")
+    direction = steepest(gradient, norm)
+    size = np.maximum(length(direction, "l2"), TINY)
+    along = np.asarray(direction * column(difference / size), dtype=np.float32)
     ahead = model.loss_gradient(images + along, labels, loss)[2]
     behind = model.loss_gradient(images - along, labels, loss)[2]
-    scale = column(2 * difference * np.maximum(length(gradient, "l2"), TINY))
-    return Growth(logits, -gradient, np.asarray((ahead - behind) / scale, dtype=np.float32))
+    scale = column(size / (2 * difference * np.maximum(dual_length(gradient, norm), TINY)))
+    return Growth(logits, -gradient, np.asarray((ahead - behind) * scale, dtype=np.float32))
 
 
 def longest_row(
@@ -545,82 +554,6 @@ def hide_row(model: Differentiable, images: Floats, eps: float, *, steps: int = 
         moved = points - images + column(_rate(budget, step, steps)) * steepest(pull, "l2")
         points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
     return best
-
-
-def evade(
-    model: Differentiable,
-    images: Floats,
-    labels: Labels,
-    eps: float,
-    *,
-    ratio: Callable[[Floats], NDArray[np.float64]],
-    score: Literal["jacobian", "radius", "combined"],
-    steps: int = 20,
-    restarts: int = 2,
-    seed: int = 0,
-) -> Found:
-    """An attack that knows the detector: a wrong class within l2 distance eps whose score stays at or below
-    1.
-
-    `ratio` gives each image's score over its threshold (B,): the image is accepted where it is at most 1.
-    Each restart starts where the high-confidence attack of the same budget ended (`pgd` without stop,
-    alternately on the cross-entropy and on the margin), then follows the sum of two unit gradients: up the
-    margin loss, and down the logarithm of the score, by finite differences of gradients. An image not flipped
-    follows the first alone. Images stay in [0, 1]. `success` means wrong and accepted. It lowers the row of
-    the predicted class, or ||∇M|| / M; for `combined` the two in turn.
-    """
-    budget = np.full(len(images), eps)
-    best = images.copy()
-    success = np.zeros(len(images), dtype=np.bool_)
-    losses: tuple[Loss, Loss] = ("cross-entropy", "margin")
-    for restart in range(restarts):
-        rows = np.flatnonzero(~success)
-        if not len(rows):
-            break
-        start = pgd(
-            model,
-            images[rows],
-            labels[rows],
-            eps,
-            norm="l2",
-            steps=steps,
-            restarts=1 + restart // 2,
-            loss=losses[restart % 2],
-            clip=True,
-            stop=False,
-            seed=seed + restart,
-        )
-        points = start.images
-        for step in range(steps + 1):
-            logits = model.logits(points)
-            predicted = logits.argmax(axis=1).astype(np.int64)
-            wrong = predicted != labels[rows]
-            done = wrong & (ratio(points) <= 1)
-            best[rows[done]], success[rows[done]] = points[done], True
-            rows, points, wrong, predicted = rows[~done], points[~done], wrong[~done], predicted[~done]
-            if not len(rows) or step == steps:
-                break
-            pull = steepest(model.loss_gradient(points, labels[rows], "margin")[2], "l2")
-            if wrong.any():
-                lowered = score if score != "combined" else ("jacobian", "radius")[step % 2]
-                down = _score_descent(model, points[wrong], predicted[wrong], lowered)
-                pull[wrong] = steepest(pull[wrong] + steepest(down, "l2"), "l2")
-            moved = points - images[rows] + column(0.5 * _rate(budget[rows], step, steps)) * pull
-            points = np.clip(images[rows] + project(moved, budget[rows], "l2"), 0.0, 1.0)
-    moved_far = length(best - images, "l2")
-    return Found(best, success, np.where(success, moved_far, np.inf))
-
-
-def _score_descent(
-    model: Differentiable, images: Floats, predicted: Labels, score: Literal["jacobian", "radius"]
-) -> Floats:
-    """Minus the gradient of the logarithm of a score (B, C, H, W), the predicted class held fixed."""
-    if score == "jacobian":
-        row = growth(model, images, predicted, "cross-entropy")
-        return -(row.descent + row.log_length)
-    margin = growth(model, images, predicted, "margin")
-    top = np.sort(margin.logits, axis=1)[:, -2:]
-    return margin.descent / column(np.maximum(top[:, 1] - top[:, 0], TINY)) - margin.log_length
 
 
 def _rate(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:

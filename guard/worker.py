@@ -129,6 +129,13 @@ class Worker:
         self._batcher = Batcher(self._decide, max_batch=settings.max_batch)
         self._limits = images.Limits(bytes=settings.max_bytes, pixels=settings.max_pixels)
 
+    @classmethod
+    def of(cls, guard: "Guard", settings: Settings) -> "Worker":
+        """A worker that is ready, of a guard loaded elsewhere; it has no samples."""
+        worker = cls(guard.bundle.path, settings)
+        worker._guard = guard
+        return worker
+
     def load(self) -> None:
         """Loads and verifies the bundle and lets the model answer a warm-up; never raises. Takes seconds."""
         started = time.perf_counter()

@@ -1,12 +1,5 @@
-"""Results folders to make reports from: a small planted one, and a real one of the shipped bundle.
+"""A small planted results folder to make reports from."""
 
-    python -m tests.results_folder OUT [--images 64]
-
-attacks the shipped bundle (or `--bundle`) on CIFAR-10 with the attacks of `guard.attacks` and writes what
-`guard evaluate` would.
-"""
-
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Found, Norm, evade, length, minimum_norm, pgd
+from guard.attacks import Found, Norm, length
 from guard.bundle import ScoreName, dump
-from guard.data import load, to_floats
-from guard.decision import Guard
 from guard.evaluation.attack import Knowledge
 from guard.evaluation.report.reading import share
 from guard.evaluation.results import (
@@ -37,7 +28,6 @@ from guard.evaluation.results import (
     Standing,
     Summary,
 )
-from guard.settings import Policy
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.float32]
@@ -314,86 +304,3 @@ def planted(path: Path, *, count: int = 40, classes: int = 3, **more: Any) -> Fo
             folder.attack(f"joint-pgd-{norm}", "Joint PGD", run, norm, budget, aware="jacobian")
     folder.write(**({"checks": CHECKS, "radii": radii()} | more))
     return folder
-
-
-def shipped(path: Path, bundle: str = "models/cifar10", count: int = 64) -> Folder:
-    """A results folder of a bundle on images of CIFAR-10's test set, by the attacks of `guard.attacks`."""
-    guard = Guard.from_bundle(bundle, threads=1, policy=Policy())
-    dataset = load("cifar10", "test")
-    assert dataset.labels is not None
-    images, labels = to_floats(dataset.images[:count]), dataset.labels[:count]
-    radius: dict[str, NDArray[Any]] = {}
-
-    def measure(some: Images) -> Arrays:
-        measurement = guard.measure(some)
-        decisions = list(guard.decide(measurement))
-        if len(some) == count and not radius:
-            radius["radius_l2"] = np.array([decision.measured.l2 for decision in decisions])
-            radius["radius_linf"] = np.array([decision.measured.linf for decision in decisions])
-        accepted = np.array([decision.accepted for decision in decisions], np.bool_)
-        return {name: getattr(measurement, name) for name in MEASURED} | {"accepted_jacobian": accepted}
-
-    folder = Folder(path, images, labels.astype(np.int64), ["jacobian"], measure)
-    folder.clean |= radius
-    model = guard.detector
-    for norm, budgets in BUDGETS.items():
-        near = partial(minimum_norm, model, norm=norm, clip=True)
-        folder.attack(f"fmn-{norm}", "FMN (minimum norm)", near, norm, passes=130)
-        for budget in budgets:
-
-            def deep(some: Images, truth: NDArray[np.int64], norm: Norm = norm, eps: float = budget) -> Found:
-                return pgd(
-                    model,
-                    some,
-                    truth,
-                    eps,
-                    norm=norm,
-                    clip=True,
-                    stop=False,
-                    restarts=1,
-                    loss="cross-entropy",
-                )
-
-            folder.attack(f"pgd-{norm}", "PGD, 20 steps", deep, norm, budget)
-    quick = partial(minimum_norm, model, norm="l2", clip=True, steps=15)
-    folder.attack("cw-l2", "Carlini-Wagner", quick, "l2", passes=1500)
-    folder.attack(
-        "boundary-l2", "Boundary", quick, "l2", knowledge="decisions", passes=6000, first=count // 2
-    )
-    for budget in BUDGETS["l2"]:
-
-        def aware(some: Images, truth: NDArray[np.int64], eps: float = budget) -> Found:
-            def ratio(points: Images) -> NDArray[np.float64]:
-                return guard.ratios(guard.measure(points))
-
-            return evade(model, some, truth, eps, ratio=ratio, score="jacobian", steps=10)
-
-        folder.attack("joint-pgd-l2", "Joint PGD", aware, "l2", budget, aware="jacobian", passes=400)
-    manifest = guard.bundle.manifest
-    folder.write(
-        command=f"guard evaluate {bundle} --val cifar10 --images {count} --out {path.name}",
-        hardware="one core, onnxruntime on CPU",
-        bundle={
-            "name": manifest.name,
-            "digest": guard.bundle.digest,
-            "class_names": manifest.class_names,
-            "thresholds": {"jacobian": guard.calibration.threshold},
-        },
-        data={"name": dataset.name, "digest": dataset.digest, "n": len(dataset)},
-        checks=CHECKS,
-        radii=radii(),
-    )
-    return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bundle", default="models/cifar10")
-    parser.add_argument("--images", type=int, default=64)
-    given = parser.parse_args()
-    shipped(given.out, given.bundle, given.images)
-
-
-if __name__ == "__main__":
-    main()

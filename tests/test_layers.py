@@ -32,8 +32,8 @@ LAYERS = (
     ("adapt", "attacks", "runtime"),
     ("decision", "fitting", "wrap"),
     ("calibration", "offline", "tables", "training", "worker"),
-    ("evaluation", "export", "routes"),
-    ("service",),
+    ("export", "routes"),
+    ("evaluation", "service"),
     ("cli",),
     ("__main__",),
 )

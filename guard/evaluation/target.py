@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.attacks import Differentiable, Floats, Labels
-from guard.bundle import ScoreName
+from guard.bundle import NormName, ScoreName
 from guard.decision import Guard
 from guard.runtime import Measurement
 
@@ -32,12 +32,14 @@ class Verdict:
     """What the server would answer to B images: predicted classes (B,), and which are accepted (B,).
 
     `ratio` (B,) is the largest score over its threshold, at most 1 exactly where every test of the detector
-    passes, infinite where not finite; `measurement` is what the decision was made from.
+    passes, infinite where not finite; `radii` (B,) by norm are those that a least radius is compared with,
+    before rejection set them to 0; `measurement` is what the decision was made from.
     """
 
     labels: Labels
     accepted: Flags
     ratio: Values
+    radii: Mapping[NormName, Values]
     measurement: Measurement
 
 
@@ -58,5 +60,9 @@ class Target:
             np.array([decision.label for decision in decisions], np.int64),
             np.array([decision.accepted for decision in decisions], np.bool_),
             np.where(np.isnan(ratio), np.inf, ratio),
+            {
+                "l2": np.array([decision.measured.l2 for decision in decisions], np.float64),
+                "linf": np.array([decision.measured.linf for decision in decisions], np.float64),
+            },
             measurement,
         )
