@@ -133,6 +133,31 @@ def calibrate(
     return calibration
 
 
+def rescored(
+    found: Bundle,
+    dataset: Dataset,
+    score: ScoreName,
+    stages: Stages,
+    *,
+    provider: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+) -> Calibration:
+    """What the bundle's calibration would be for another score: new thresholds, at the same promised rate.
+
+    `dataset` must be the one the bundle was calibrated on, so that folds and images are the same; radii and
+    the bound of Jacobian rows, which do not hang on the score, stay. Raises `BundleError` where the bundle is
+    not calibrated, `CalibrationError` where the score's numbers are unusable.
+    """
+    old = found.calibrated()
+    settings = Settings(
+        score=score, fpr=old.fpr, guarantee=old.guarantee, delta=old.delta or Settings.delta, seed=old.seed
+    )
+    detector = Detector(found.model, score=score, provider=provider, threads=threads)
+    run = _Run(found, dataset, settings, Effort(), detector)
+    run.row_bound = old.row_bound
+    return run.rescored(old, stages)
+
+
 def _check(dataset: Dataset, found: Bundle, settings: Settings) -> None:
     shape = found.manifest.input
     height, width, channels = dataset.images.shape[1:]
@@ -264,6 +289,25 @@ class _Run:
                 arguments, seed=settings.seed, settings=asdict(settings), effort=asdict(self.effort)
             ),
         )
+
+    def rescored(self, old: Calibration, stages: Stages) -> Calibration:
+        """`old` with this score's thresholds and the rate they realize."""
+        clean = {
+            name: self._measure(stages, f"scores-{name}", self.folds[name]) for name in ("threshold", "radii")
+        }
+        scores, _ = self._fit_threshold(stages, clean)
+        report = self._measure(stages, "scores-report", self.folds["report"], decided=True)
+        threshold, several = self._threshold(), self.settings.score == "combined"
+        tests = [ScoreThreshold(name=name, threshold=self.tests[name]) for name in TESTS] if several else []
+        changed = {
+            "score": self.settings.score,
+            "threshold": threshold,
+            "tests": tests,
+            "realized_fpr": _share(self._rejects(report)),
+            "histogram": histogram(scores, threshold),
+            "agreement": [],
+        }
+        return old.model_copy(update=changed)
 
     def pixels(self, indices: Int64) -> NDArray[np.float32]:
         """Images (B, C, H, W) in [0, 1]."""

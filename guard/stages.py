@@ -29,13 +29,15 @@ class Stages:
     key.
 
     `key` holds everything that the results depend on; another key never meets these pieces. The scratch
-    folder `.<name>.calibrating-<key>` lies beside `target` and goes when the block ends well. `progress`
-    counts units of work, as `cost` per image.
+    folder `.<name>.<doing>-<key>` lies beside `target` and goes when the block ends well. `progress` counts
+    units of work, as `cost` per image.
     """
 
-    def __init__(self, target: Path, key: Mapping[str, Any], progress: Progress) -> None:
+    def __init__(
+        self, target: Path, key: Mapping[str, Any], progress: Progress, *, doing: str = "calibrating"
+    ) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        self.folder = target.resolve().parent / f".{target.resolve().name}.calibrating-{digest[:16]}"
+        self.folder = target.resolve().parent / f".{target.resolve().name}.{doing}-{digest[:16]}"
         self._progress = progress
 
     def __enter__(self) -> Self:
@@ -45,15 +47,24 @@ class Stages:
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, name: str, indices: NDArray[np.int64], compute: Piece, *, cost: float = 1.0) -> Arrays:
-        """The arrays that `compute` gives for the images at `indices`, in their order.
+    def run(
+        self,
+        name: str,
+        indices: NDArray[np.int64],
+        compute: Piece,
+        *,
+        cost: float = 1.0,
+        size: int = PIECE,
+    ) -> Arrays:
+        """The arrays that `compute` gives for the images at `indices`, in their order, `size` at a time.
 
         `compute` gets the indices of a piece, in order, and returns named arrays whose first axis runs over
-        them. It must depend on nothing but the indices and the key, or the earlier stages.
+        them; arrays of another length are joined all the same. It must depend on nothing but the indices and
+        the key, or the earlier stages.
         """
         parts = []
-        for number, start in enumerate(range(0, len(indices), PIECE)):
-            piece = indices[start : start + PIECE]
+        for number, start in enumerate(range(0, len(indices), size)):
+            piece = indices[start : start + size]
             file = self.folder / f"{name}-{number:04d}.npz"
             found = _read(file, piece)
             if found is None:

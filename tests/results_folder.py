@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from guard.attacks import Found, Norm, length
 from guard.bundle import ScoreName, dump
 from guard.evaluation.attack import Knowledge
-from guard.evaluation.report.reading import share
 from guard.evaluation.results import (
     ATTACKS_FOLDER,
     CLEAN_FILE,
@@ -26,32 +25,13 @@ from guard.evaluation.results import (
     RadiusAudit,
     Results,
     Standing,
-    Summary,
+    auroc,
+    share_of,
+    summary,
 )
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.float32]
-
-
-def summary(values: NDArray[Any]) -> Summary:
-    finite = np.sort(np.asarray(values, np.float64)[np.isfinite(values)])
-    n = len(finite)
-    low, high = max(0, int(n / 2 - 0.98 * n**0.5)), min(n - 1, int(n / 2 + 0.98 * n**0.5))
-    error = float(finite.std(ddof=1) / n**0.5) if n > 1 else 0.0
-    return Summary(
-        n=n,
-        mean=float(finite.mean()),
-        standard_error=error,
-        median=float(np.median(finite)),
-        median_lower=float(finite[low]),
-        median_upper=float(finite[high]),
-    )
-
-
-def auroc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
-    """Share of pairs in which the positive is larger, ties half."""
-    bigger = (positive[:, None] > negative).mean() + 0.5 * (positive[:, None] == negative).mean()
-    return float(bigger)
 
 
 @dataclass
@@ -105,6 +85,7 @@ class Folder:
         arrays = {
             "row": rows,
             "success": found.success,
+            "wrong": found.success,
             "distance": found.distance,
             "l2": np.where(found.success, length(shift, "l2"), np.inf),
             "linf": np.where(found.success, length(shift, "linf"), np.inf),
@@ -114,7 +95,7 @@ class Folder:
         hit = found.success
         detection = {
             score: Detection(
-                rejected=share(int((~arrays[f"accepted_{score}"])[hit].sum()), int(hit.sum())),
+                rejected=share_of(int((~arrays[f"accepted_{score}"])[hit].sum()), int(hit.sum())),
                 auroc=auroc(arrays["jacobian"][hit], self.clean["jacobian"]),
             )
             for score in self.scores
@@ -134,7 +115,7 @@ class Folder:
                 source="guard.attacks",
                 settings={} if first is None else {"images": first},
                 n=len(rows),
-                success=share(int(hit.sum()), len(rows)),
+                success=share_of(int(hit.sum()), len(rows)),
                 distance=summary(found.distance) if hit.any() else None,
                 passes=float(spent.mean()),
                 seconds=seconds,
@@ -156,8 +137,8 @@ class Folder:
             score=score,
             norm=norm,
             budget=budget,
-            standing=share(int(left.sum()), len(left)),
-            clean=share(int(kept.sum()), len(kept)),
+            standing=share_of(int(left.sum()), len(left)),
+            clean=share_of(int(kept.sum()), len(kept)),
             worst=max(fallen, key=lambda name: fallen[name], default=None),
             fallen=fallen,
         )
@@ -176,11 +157,11 @@ class Folder:
             "data": {"name": "planted", "digest": "0", "n": count},
             "settings": {"seed": 0},
             "images": count,
-            "accuracy": share(int(self.right.sum()), count),
+            "accuracy": share_of(int(self.right.sum()), count),
             "scores": self.scores,
             "served": self.scores[0],
             "rejected": {
-                score: share(int((~self.clean[f"accepted_{score}"]).sum()), count) for score in self.scores
+                score: share_of(int((~self.clean[f"accepted_{score}"]).sum()), count) for score in self.scores
             },
             "jacobian": summary(self.clean["jacobian"]),
             "attacks": self.attacks,
@@ -231,7 +212,7 @@ def radii(count: int = 60) -> list[RadiusAudit]:
             kind=kind,
             method=method,
             served=served,
-            violations=share(broken, count),
+            violations=share_of(broken, count),
             mean_radius=mean,
             mean_distance=distance,
             tightness=mean / distance,

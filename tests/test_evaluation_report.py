@@ -21,8 +21,17 @@ from guard.cli import main
 from guard.errors import DataError
 from guard.evaluation.report import figures, findings, gallery, markdown, tables, words
 from guard.evaluation.report.page import page
-from guard.evaluation.report.reading import Evaluation, read, same, share
-from guard.evaluation.results import CLEAN_FILE, RESULTS, Check, RadiusAudit, Results, Standing, Summary
+from guard.evaluation.report.reading import Evaluation, read, same
+from guard.evaluation.results import (
+    CLEAN_FILE,
+    RESULTS,
+    Check,
+    RadiusAudit,
+    Results,
+    Standing,
+    Summary,
+    share_of,
+)
 from guard.files import sha256
 from tests.results_folder import CHECKS, planted, radii
 from tests.serving import write_bundle
@@ -130,14 +139,14 @@ class TestReading:
     @pytest.mark.parametrize(
         ("harm", "message"),
         [
-            (lambda path: (path / RESULTS).unlink(), "cannot be read .*guard evaluate --val"),
+            (lambda path: (path / RESULTS).unlink(), r"holds no results\.json .*guard evaluate --val"),
             (lambda path: (path / RESULTS).write_text("{}"), r"results\.json: .*required"),
             (lambda path: (path / RESULTS).write_text("no"), r"results\.json: .*JSON"),
             (lambda path: (path / CLEAN_FILE).unlink(), r"clean\.npz: is missing"),
             (lambda path: (path / "attacks/fmn-l2.npz").unlink(), r"fmn-l2\.npz: is missing"),
             (lambda path: (path / "attacks/fmn-l2.npz").write_bytes(b"PK"), r"is no \.npz file"),
-            (lambda path: without(path / "attacks/cw-l2.npz", "l2", "passes"), "holds no l2, passes;"),
-            (lambda path: without(path / CLEAN_FILE, "accepted_radius"), "holds no accepted_radius;"),
+            (lambda path: without(path / "attacks/cw-l2.npz", "l2", "passes"), r"holds no l2, passes\."),
+            (lambda path: without(path / CLEAN_FILE, "accepted_radius"), r"holds no accepted_radius\."),
             (lambda path: beyond(path / "attacks/cw-l2.npz"), "its rows are not the"),
         ],
     )
@@ -256,8 +265,8 @@ class TestWords:
         assert words.at(budget, norm) == text
 
     def test_an_error_is_the_rest(self) -> None:
-        found = share(9, 10)
-        assert words.error(found) == words.share(share(1, 10))
+        found = share_of(9, 10)
+        assert words.error(found) == words.share(share_of(1, 10))
 
     def test_a_median_may_be_infinite(self) -> None:
         assert words.middle(np.array([1.0, np.inf, np.inf])).startswith("∞ [1, ∞]")
@@ -290,7 +299,7 @@ class TestTables:
         attack = evaluation.find("autoattack", norm="l2", budget=0.5)[0]
         left = evaluation.right.copy()
         left[attack.rows[attack.success]] = False
-        expected = words.share(share(int(left.sum()), 40))
+        expected = words.share(share_of(int(left.sum()), 40))
         assert tables.manifold_1([evaluation]).rows[-1].cells[0] == f"{expected}, autoattack-l2 0.5"
 
     def test_every_row_is_as_long_as_its_head(self, evaluation: Evaluation) -> None:
@@ -317,8 +326,8 @@ class TestTables:
         result.write()
         cells = tables.scale_6([read(tmp_path / "r")]).rows[-1].cells
         wrong = int((~read(tmp_path / "r").right).sum())
-        assert cells[0] == words.share(share(wrong, 40))
-        assert cells[2] == words.share(share(40, 40))
+        assert cells[0] == words.share(share_of(wrong, 40))
+        assert cells[2] == words.share(share_of(40, 40))
 
 
 class TestFigures:
@@ -483,7 +492,7 @@ class TestCommand:
 
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["report", str(tmp_path)]) == 1
-        assert "expected the folder that guard evaluate wrote" in capsys.readouterr().err
+        assert "Make it with: guard evaluate" in capsys.readouterr().err
 
 
 def test_planted_records_are_what_the_schema_says() -> None:

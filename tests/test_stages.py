@@ -82,6 +82,15 @@ def test_pieces_of_other_images_and_broken_ones_are_computed_again(tmp_path: Pat
         assert compute.images == len(others)
 
 
+def test_pieces_of_another_size_in_a_folder_of_another_name(tmp_path: Path) -> None:
+    progress = Progress(0, "test", silent=True)
+    with Stages(tmp_path / "net", {}, progress, doing="evaluating") as run:
+        found = run.run("squares", INDICES, Counted(), size=100)
+        assert len(list(run.folder.iterdir())) == 2
+        assert run.folder.name.startswith(".net.evaluating-")
+    assert np.array_equal(found["square"], INDICES**2)
+
+
 def test_progress_counts_the_cost(tmp_path: Path) -> None:
     progress = Progress(100, "test", silent=True)
     with Stages(tmp_path / "net", {}, progress) as run:

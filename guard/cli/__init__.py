@@ -19,6 +19,7 @@ COMMANDS = {
     "wrap": "turn any ONNX classifier into a bundle",
     "calibrate": "fit a bundle's threshold and radii on data",
     "certify": "classify files offline, with verdicts and radii",
+    "evaluate": "attack a bundle and report what is left standing",
     "report": "turn an evaluation's results into a page and a card's section",
     "info": "show what is in a bundle, or facts about a data set",
     "graph": "write the guarded graph for other runtimes",

@@ -1,20 +1,40 @@
 """What `guard evaluate` leaves in its folder: `results.json`, and per-image arrays of every attack.
 
+settings.json         what the run hangs on: it goes on only where all of this is the same
 results.json          `Results`
 clean.npz             `CLEAN` arrays of all evaluated images, in the order of `Results.images`
 attacks/NAME.npz      `ARRAYS` of one attack at one budget, over the images it was run on
+scores/SCORE.json     `Calibration` of a score that the bundle does not serve
+masking.npz           `guard.evaluation.masking.probe`
+radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none
+
+results.json is written anew after every attack, so that a run that was stopped can be read too.
 """
 
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
+from guard import statistics
 from guard.attacks import Norm
 from guard.bundle import Record, ScoreName, Share
+from guard.errors import DataError
 from guard.evaluation.attack import Knowledge
+from guard.stages import Arrays
+
+Flags = NDArray[np.bool_]
+Values = NDArray[np.float64]
 
 SCHEMA = 1
 RESULTS = "results.json"
+SETTINGS = "settings.json"
 CLEAN_FILE = "clean.npz"
 ATTACKS_FOLDER = "attacks"
 GALLERY = 12
@@ -25,14 +45,19 @@ MEASURED = ("logits", "margin", "gradient_l2", "gradient_l1", "jacobian")
 
 CLEAN = ("index", "label", "image", *MEASURED)
 """Dataset index (N,), true class (N,), the first `GALLERY` images (C, H, W) float32, measurements (N, ...);
-and `accepted_SCORE` (N,) for every score judged. `radius_l2` and `radius_linf` (N,), the served radii before
-rejection, may be there."""
+`accepted_SCORE`, `ratio_SCORE` (N,) for every score judged: the score over its threshold; and `radius_NORM`
+(N,), the strongest served radius, before a rejection sets it to 0."""
 
-ARRAYS = ("row", "success", "distance", "l2", "linf", "passes", "image", *MEASURED)
-"""`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it;
-`distance` (n,) in the attack's own measure, inf: failed; `l2`, `linf` (n,) of the perturbation; `passes` (n,)
-forward passes spent on each image; `image` float32 the attacked ones of the rows below `GALLERY`;
-measurements of the attacked image (n, ...), NaN where the attack failed; and `accepted_SCORE` (n,)."""
+ARRAYS = ("row", "success", "wrong", "distance", "l2", "linf", "passes", "image", *MEASURED)
+"""`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it,
+where the served decision confirms it; `wrong` (n,): the image it returned, whatever it says of it, is
+predicted as another class; `distance` (n,) in the attack's own measure, inf: failed; `l2`, `linf` (n,) of the
+perturbation; `passes` (n,) forward passes spent on each image; `image` float32 the attacked ones of the rows
+below `GALLERY`; measurements of the attacked image (n, ...), NaN where it is neither a success nor wrong; and
+`accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there)."""
+
+ROUNDING = 1e-6
+"""How far beyond its budget, relatively or in pixel values, float32 may have carried a perturbation."""
 
 
 class Summary(Record):
@@ -80,8 +105,9 @@ class Standing(Record):
     """Robust accuracy with rejection at a budget: of all n images, those that are accepted and right when
     clean, and for which no attack of the run found an accepted image of another class within the budget.
 
-    `fallen` counts, by attack, the images that it brought down, whatever others did; `clean` is the share
-    that is accepted and right without attack.
+    `fallen` counts, by attack, the images that it brought down, whatever others did; `worst` is the first of
+    them; `clean` is the share that is accepted and right without attack. Where dear attacks were run on fewer
+    images, `complete` is the same share among the first images, on which all were run.
     """
 
     score: ScoreName
@@ -91,6 +117,7 @@ class Standing(Record):
     clean: Share
     worst: str | None
     fallen: dict[str, int]
+    complete: Share | None = None
 
 
 class Check(Record):
@@ -145,3 +172,91 @@ class Results(Record):
     checks: list[Check] = Field(default_factory=list)
     radii: list[RadiusAudit] = Field(default_factory=list)
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One attack at one budget and its `ARRAYS`."""
+
+    result: AttackResult
+    arrays: Arrays
+
+    def within(self, norm: Norm, budget: float) -> Flags:
+        """Which of the attacked images (n,) it got wrong within `budget` by the perturbation's own norm."""
+        reach = self.arrays[norm] <= budget * (1 + ROUNDING) + ROUNDING
+        return np.asarray(self.arrays["wrong"] & reach, np.bool_)
+
+
+def share(flags: Flags) -> Share:
+    """The share of True among flags (n,), n >= 1, with its 95% Clopper-Pearson interval."""
+    return share_of(int(flags.sum()), len(flags))
+
+
+def share_of(count: int, n: int) -> Share:
+    """A count among n >= 1 with its 95% Clopper-Pearson interval."""
+    interval = statistics.clopper_pearson(count, n)
+    return Share(count=count, n=n, value=count / n, lower=interval.lower, upper=interval.upper)
+
+
+def summary(values: Values) -> Summary | None:
+    """Of the finite ones among values (n,); None where fewer than two are finite."""
+    finite = np.sort(values[np.isfinite(values)].astype(np.float64))
+    n = len(finite)
+    if n < 2:
+        return None
+    spread = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a binomial count at 1/2
+    low, high = max(0, math.floor(n / 2 - spread)), min(n - 1, math.ceil(n / 2 + spread))
+    return Summary(
+        n=n,
+        mean=float(finite.mean()),
+        standard_error=float(finite.std(ddof=1) / math.sqrt(n)),
+        median=float(np.median(finite)),
+        median_lower=float(finite[low]),
+        median_upper=float(finite[high]),
+    )
+
+
+def auroc(attacked: Values, clean: Values) -> float:
+    """Probability that an attacked image's score lies above a clean one's, ties counted half; NaN as inf."""
+    scores = np.sort(np.where(np.isnan(clean), np.inf, clean))
+    asked = np.where(np.isnan(attacked), np.inf, attacked)
+    below, ties = np.searchsorted(scores, asked, "left"), np.searchsorted(scores, asked, "right")
+    return float((below + ties).mean() / (2 * len(scores)))
+
+
+def load(folder: str | Path) -> Results:
+    """`results.json` of a results folder; raises `DataError` where there is none or it is not sound."""
+    path = Path(folder) / RESULTS
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{folder}: holds no {RESULTS} that can be read ({error.strerror}). Make it with: guard evaluate "
+            f"--val DATA --out {folder}"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: {where}: {first['msg']}. Evaluate again into a new folder.") from error
+
+
+def load_arrays(path: Path, needed: Sequence[str] = ()) -> Arrays:
+    """The arrays of one file; raises `DataError` where it is broken, missing, or lacks a `needed` one."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: is missing. Run the same guard evaluate again: it goes on where it stopped."
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: is no .npz file that can be read ({error}). Delete it and run the same guard evaluate "
+            "again."
+        ) from error
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path}: holds no {', '.join(missing)}. Delete it and run the same guard evaluate again."
+        )
+    return arrays

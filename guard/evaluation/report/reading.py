@@ -1,6 +1,5 @@
 """A results folder as `guard evaluate` leaves it, checked, and what follows from its arrays."""
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from guard.attacks import Norm
 from guard.bundle import ScoreName, Share
 from guard.errors import DataError
-from guard.evaluation.results import ARRAYS, CLEAN, CLEAN_FILE, RESULTS, AttackResult, Results
-from guard.statistics import clopper_pearson
+from guard.evaluation.results import (
+    ARRAYS,
+    CLEAN,
+    CLEAN_FILE,
+    RESULTS,
+    AttackResult,
+    Results,
+    load,
+    load_arrays,
+    share_of,
+)
 
 Arrays = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -44,9 +51,14 @@ class Attacked:
         """Which attacks succeeded, as the attack counts it (n,)."""
         return np.asarray(self.arrays["success"], np.bool_)
 
+    @property
+    def wrong(self) -> Flags:
+        """Which images it returned are of another class (n,), whether the attack counts them or not."""
+        return np.asarray(self.arrays["wrong"], np.bool_)
+
     def lengths(self, norm: Norm) -> Values:
-        """How far the attack went in a norm (n,), infinite where it failed."""
-        return np.where(self.success, np.asarray(self.arrays[norm], np.float64), np.inf)
+        """How far the wrong images it returned lie in a norm (n,), infinite for others."""
+        return np.where(self.wrong, np.asarray(self.arrays[norm], np.float64), np.inf)
 
     def distance(self) -> Values:
         """The attack's own distance (n,), infinite where it failed."""
@@ -54,14 +66,14 @@ class Attacked:
 
     def accepted(self, score: ScoreName) -> Flags:
         """Which attacked images are wrong and accepted under a score (n,)."""
-        return self.success & np.asarray(self.arrays[f"accepted_{score}"], np.bool_)
+        return self.wrong & np.asarray(self.arrays[f"accepted_{score}"], np.bool_)
 
     def standing(self) -> Share:
         """The share of the considered images that are right and stay so under this attack alone.
 
         For an attack that knows the detector: right and accepted, and no wrong and accepted image found.
         """
-        return share(len(self.rows) - int(self.success.sum()), self.n_considered)
+        return share_of(len(self.rows) - int(self.success.sum()), self.n_considered)
 
     def errors_within(self, eps: Iterable[float]) -> list[float]:
         """The share of considered images that are lost at distance eps: wrong already, or attacked within."""
@@ -173,31 +185,11 @@ def same(one: float | None, other: float | None) -> bool:
     return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
-def share(count: int, n: int) -> Share:
-    """A count with its exact 95% interval."""
-    interval = clopper_pearson(count, n)
-    return Share(count=count, n=n, value=count / n, lower=interval.lower, upper=interval.upper)
-
-
 def read(folder: Path) -> Evaluation:
     """Reads and checks a results folder; raises `DataError` that says which part is missing or broken."""
-    path = folder / RESULTS
-    try:
-        results = Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected the folder that guard evaluate wrote. "
-            "Give that one, or run: guard evaluate --val DATA --out FOLDER"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(
-            f"{path}: {where}: {first['msg']}. The file is corrupt or of another version of guard; run guard "
-            "evaluate again."
-        ) from error
+    results, path = load(folder), folder / RESULTS
     judged = tuple(f"accepted_{score}" for score in results.scores)
-    clean = _arrays(folder / CLEAN_FILE, (*CLEAN, *judged))
+    clean = load_arrays(folder / CLEAN_FILE, (*CLEAN, *judged))
     count = len(clean["label"])
     if count != results.images:
         raise DataError(
@@ -207,7 +199,7 @@ def read(folder: Path) -> Evaluation:
     right = clean["logits"].argmax(axis=1) == clean["label"]
     attacks = []
     for result in results.attacks:
-        arrays = _arrays(folder / result.file, (*ARRAYS, *judged))
+        arrays = load_arrays(folder / result.file, (*ARRAYS, *judged))
         rows = arrays["row"]
         if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
             raise DataError(
@@ -227,26 +219,3 @@ def _considered(rows: NDArray[Any], eligible: NDArray[Any], result: AttackResult
         return given
     beyond = np.flatnonzero(eligible[rows.max(initial=-1) + 1 :])
     return int(rows.max(initial=-1) + 1 + beyond[0]) if len(beyond) else len(eligible)
-
-
-def _arrays(path: Path, names: Iterable[str]) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: is missing, though {RESULTS} names it. Run the same guard evaluate again: it goes on "
-            "where it stopped."
-        ) from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(
-            f"{path}: is no .npz file that can be read ({error}). Delete it and run the same guard evaluate "
-            "again."
-        ) from error
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise DataError(
-            f"{path}: holds no {', '.join(missing)}; expected what this version of guard evaluate writes. "
-            "Run guard evaluate again."
-        )
-    return arrays

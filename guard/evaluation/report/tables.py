@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from guard.attacks import Norm
 from guard.bundle import Share
 from guard.evaluation.report import words
-from guard.evaluation.report.reading import Attacked, Evaluation, Flags, share
+from guard.evaluation.report.reading import Attacked, Evaluation, Flags
 from guard.evaluation.report.words import MISSING
+from guard.evaluation.results import share
 
 MANY_CLASSES = 1000
 """From so many classes on, SCALE counts an image as wrong where its class is not among the top five."""
@@ -221,14 +222,14 @@ def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
     if not evaluation.attacked_in(norm):
         return MISSING
     lost = evaluation.nearest(norm) <= eps * (1 + 1e-6)
-    return words.share(share(int(lost.sum()), len(lost)))
+    return words.share(share(lost))
 
 
 def _uncertified(evaluation: Evaluation, norm: Norm, eps: float) -> str:
     if not evaluation.serves_radii(norm):
         return MISSING
     kept: Flags = evaluation.right & (evaluation.radius(norm)[0] >= eps)
-    return words.share(share(int((~kept).sum()), len(kept)))
+    return words.share(share(~kept))
 
 
 def _top5(evaluation: Evaluation, eps: float) -> Share:
@@ -236,10 +237,10 @@ def _top5(evaluation: Evaluation, eps: float) -> Share:
     label = evaluation.clean["label"]
     lost = ~_among_five(evaluation.clean["logits"], label)
     for attack in evaluation.attacks:
-        within = attack.success & (attack.lengths("linf") <= eps * (1 + 1e-6))
+        within = attack.wrong & (attack.lengths("linf") <= eps * (1 + 1e-6))
         rows = attack.rows[within]
         lost[rows] |= ~_among_five(attack.arrays["logits"][within], label[rows])
-    return share(int(lost.sum()), len(lost))
+    return share(lost)
 
 
 def _among_five(logits: NDArray[Any], label: NDArray[Any]) -> Flags:

@@ -1,0 +1,414 @@
+"""`guard evaluate`: attacks on a bundle, and what they leave standing."""
+
+import argparse
+import shlex
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from guard.cli.options import (
+    Subparsers,
+    add_bundle,
+    add_command,
+    add_provider,
+    add_threads,
+    arguments_of,
+    chosen_bundle,
+    emit,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guard.attacks import Norm
+    from guard.bundle import ScoreName, Share
+    from guard.data import Dataset
+    from guard.evaluation.attack import Attack
+    from guard.evaluation.results import Results, Standing
+    from guard.evaluation.run import Settings, Task
+
+_SCORES = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
+_IMAGES = "1000,500,200"
+_QUICK_IMAGES = 100
+_WIDTH = 80
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_command(
+        subparsers,
+        "evaluate",
+        run,
+        description="""\
+Attack a calibrated bundle and its detector, and report what is left standing:
+robust accuracy with rejection, the share of images that are accepted and
+right when clean, and for which no attack found an accepted image of another
+class within the budget. Whatever any attack of the run found counts.
+
+Images come from the calibration's report fold where D is the data it was
+calibrated on. Detection rates of attacks that do not know the detector are
+reported second: they say little of attackers who do. Checks for masked
+gradients and an audit of the radii follow. Read RESULTS with guard report.
+
+A run that was stopped goes on when the same command is given again; attacks
+added later leave finished ones as they are. Groups of attacks (guard
+evaluate --attacks list shows every attack and its cost):
+  default       noise, FGSM, PGD, APGD, FMN, joint PGD, high confidence, denial
+  gradient      the strongest image within a budget, by gradients
+  minimum-norm  the nearest wrong image, by gradients
+  decision      black box: by queries of labels or scores
+  adaptive      attacks that know the detector, or an undefended twin
+  unseen        changes that are no small norm: flow, colours, compression
+  controls      noise and corruptions that know nothing of the model
+  autoattack    AutoAttack's standard suite
+  all           everything that is installed""",
+        example="""\
+guard evaluate --val cifar10 --quick --out results/quick
+guard evaluate models/mine --val photos/ --out results/mine
+guard evaluate --val cifar10 --attacks pgd-linf adaptive --scores all \\
+  --budgets linf=2/255,8/255 --out results/linf
+guard evaluate --attacks list""",
+    )
+    add_bundle(parser)
+    parser.add_argument(
+        "--val",
+        metavar="D",
+        help="held-out labelled images: a known data set's name, an .npz file, or a folder",
+    )
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="A",
+        help="names or groups (default: default); list: show them all",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=_budgets,
+        default=[],
+        metavar="NORM=E[,E...]",
+        help="l2=0.25,0.5 linf=2/255, in pixel values of [0, 1] (default: l2=0.25,0.5,1 linf=2/255,8/255)",
+    )
+    parser.add_argument(
+        "--images",
+        type=_images,
+        metavar="N[,N[,N]]",
+        help="how many for most attacks, for those of 5,000 passes and more, and by queries "
+        f"(default: {_IMAGES})",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"PGD, joint PGD and Carlini-Wagner on {_QUICK_IMAGES} images, in a few minutes",
+    )
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        choices=(*_SCORES, "all"),
+        default=[],
+        metavar="S",
+        help="detectors to judge and to attack besides the served one, at the same false positive rate: "
+        f"{', '.join(_SCORES)}, or all",
+    )
+    parser.add_argument(
+        "--twin",
+        type=Path,
+        metavar="BUNDLE",
+        help="an undefended bundle, whose attacks are tried on this one",
+    )
+    parser.add_argument(
+        "--seed", type=_whole, default=0, metavar="N", help="of images and attacks (default: 0)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="RESULTS", help="results folder; goes on in one that is there"
+    )
+    add_provider(parser)
+    add_threads(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from guard.errors import UsageError
+    from guard.evaluation import suite
+    from guard.evaluation.run import evaluate
+
+    if arguments.attacks == ["list"]:
+        attacks = [*suite.known(), *suite.over_rejection()]
+        emit(arguments, {"attacks": [_described(attack) for attack in attacks]}, _listing(attacks))
+        return 0
+    for option in ("val", "out"):
+        if getattr(arguments, option) is None:
+            raise UsageError(f"--{option} is missing (see guard evaluate --help).")
+    if arguments.quick and arguments.attacks:
+        raise UsageError("--quick has a suite of its own: leave out --attacks, or --quick.")
+    folder = chosen_bundle(arguments)
+    dataset = _dataset(arguments, folder)
+    settings = _settings(arguments)
+    try:
+        results = evaluate(
+            folder,
+            dataset,
+            arguments.out,
+            _tasks(arguments, folder, settings),
+            settings,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            twin=_twin_digest(arguments.twin),
+            command=_command(arguments),
+            arguments=arguments_of(arguments),
+        )
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"interrupted: what is finished lies in {arguments.out}; the same command goes on from there"
+        ) from error
+    emit(arguments, results.model_dump(mode="json"), summary(results, arguments.out))
+    return 0
+
+
+def _dataset(arguments: argparse.Namespace, folder: Path) -> "Dataset":
+    from guard import bundle, data, images
+
+    manifest = bundle.load(folder).manifest
+    shape, uploads = manifest.input, manifest.preprocessing
+    decode = partial(
+        images.decode,
+        shape=(shape.channels, shape.height, shape.width),
+        colour=uploads.colour,
+        resize=uploads.resize,
+        interpolation=uploads.interpolation,
+    )
+    return data.aligned(data.load(arguments.val, "test", decode=decode), manifest.class_names)
+
+
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    from guard.evaluation import suite
+    from guard.evaluation.run import BUDGETS, Settings
+
+    default = suite.QUICK_BUDGETS if arguments.quick else BUDGETS
+    given = dict(arguments.budgets)
+    counts = [int(text) for text in _IMAGES.split(",")]
+    if arguments.quick:
+        counts = [_QUICK_IMAGES] * 3
+    if arguments.images:
+        first, *others = arguments.images
+        counts = [first, *(min(first, count) for count in counts[1:])]
+        counts[1 : 1 + len(others)] = others
+    return Settings(
+        scores=_scores(arguments),
+        budgets=given or default,
+        images=counts[0],
+        dear_images=counts[1],
+        query_images=counts[2],
+        seed=arguments.seed,
+        quick=arguments.quick,
+    )
+
+
+def _scores(arguments: argparse.Namespace) -> "tuple[ScoreName, ...]":
+    from guard.bundle import ScoreName
+
+    every: tuple[ScoreName, ...] = get_args(ScoreName)
+    return every if "all" in arguments.scores else tuple(arguments.scores)
+
+
+def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") -> "list[Task]":
+    """What is to run; attacks that know a score are taken for the served one and those asked for."""
+    import logging
+
+    from guard import bundle
+    from guard.evaluation import suite
+    from guard.evaluation.run import tasks_of
+
+    served = bundle.load(folder).calibrated().score
+    scores = (served, *settings.scores)
+    everything = suite.known(_twin(arguments.twin, arguments))
+    denials = [attack for attack in suite.over_rejection() if attack.aware is None or attack.aware in scores]
+    if arguments.quick:
+        chosen = suite.quick(scores, everything)
+        denials = []
+    else:
+        words = arguments.attacks or ["default"]
+        both, left_out = suite.choose(words, scores, (*everything, *denials))
+        chosen = [attack for attack in both if attack in everything]
+        denials = [attack for attack in both if attack in denials]
+        for text in left_out:
+            logging.getLogger("guard").warning("left out: %s: pip install -e '.[attacks]'", text)
+    budgets = settings.budgets if arguments.quick or arguments.budgets else {}
+    return tasks_of(
+        [suite.with_budgets(attack, budgets) for attack in chosen],
+        [suite.with_budgets(attack, budgets) for attack in denials],
+    )
+
+
+def _twin(path: Path | None, arguments: argparse.Namespace) -> Any:
+    from guard import bundle
+    from guard.runtime import Detector
+
+    if path is None:
+        return None
+    return Detector(bundle.load(path).model, provider=arguments.provider, threads=arguments.threads)
+
+
+def _twin_digest(path: Path | None) -> str | None:
+    from guard import bundle
+
+    return None if path is None else bundle.load(path).digest
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command line that gives this evaluation again."""
+    words = ["guard", "evaluate"]
+    if arguments.bundle:
+        words.append(str(arguments.bundle))
+    words += ["--val", str(arguments.val)]
+    for name in ("attacks", "scores"):
+        if getattr(arguments, name):
+            words += [f"--{name}", *getattr(arguments, name)]
+    if arguments.budgets:
+        words += ["--budgets"]
+        words += [f"{norm}={','.join(map(_number, values))}" for norm, values in arguments.budgets]
+    if arguments.images:
+        words += ["--images", ",".join(map(str, arguments.images))]
+    words += ["--quick"] * arguments.quick
+    if arguments.twin:
+        words += ["--twin", str(arguments.twin)]
+    if arguments.seed:
+        words += ["--seed", str(arguments.seed)]
+    return shlex.join([*words, "--out", str(arguments.out)])
+
+
+def summary(results: "Results", out: Path) -> str:
+    """The result in at most 80 columns: the verdict first."""
+    lines = [
+        f"{results.bundle['name']} on {results.images} images of {results.data['name']}",
+        f"  right without attack: {_share(results.accuracy)}",
+    ]
+    lines += [
+        f"  clean images rejected by {score}: {_share(rejected)}"
+        + (" (served)" if score == results.served else "")
+        for score, rejected in results.rejected.items()
+    ]
+    lines += ["", "right and accepted under every attack that was run:"]
+    lines += [line for standing in results.standing for line in _standing_lines(standing)]
+    plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
+    if plain:
+        lines += ["", f"rejected by {results.served} of what attacks that do not know it get wrong (AUROC):"]
+        for one in plain:
+            found = one.detection[results.served]
+            title = one.name if one.budget is None else f"{one.name} {_budget(one.budget)}"
+            lines.append(
+                f"  {title:34s} {found.rejected.value:6.1%} of {found.rejected.n:<5d} {found.auroc:.3f}"
+            )
+    if results.over_rejection:
+        lines += ["", "clean images that an attack makes rejected:"]
+        lines += [
+            f"  {one.name} {_budget(one.budget)}: {_share(one.success)}" for one in results.over_rejection
+        ]
+    if results.checks:
+        failed = [check for check in results.checks if check.verdict == "failed"]
+        skipped = sum(check.verdict == "not run" for check in results.checks)
+        passed = len(results.checks) - len(failed) - skipped
+        lines += [
+            "",
+            f"signs of masked gradients: {len(failed)} found, {passed} absent, {skipped} not looked for",
+        ]
+        lines += [_cut(f"  {check.name}: {check.found}") for check in failed]
+    if results.radii:
+        lines += ["", "radii that some attack broke (and their share of the nearest attack's distance):"]
+        lines += [
+            f"  {one.norm:4s} {one.kind} {one.method}"[:42].ljust(42)
+            + f" {one.violations.value:5.1%} of {one.violations.n} (<= {one.violations.upper:.1%}), "
+            f"{one.tightness:.2f}"
+            for one in results.radii
+            if one.served
+        ]
+    return "\n".join([*lines, "", f"wrote {out}; next: guard report {out}"])
+
+
+def _standing_lines(standing: "Standing") -> list[str]:
+    name = f"{standing.score} {standing.norm} {_budget(standing.budget)}"
+    lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}"]
+    if standing.worst is not None:
+        fallen = standing.fallen[standing.worst]
+        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.clean.count}"))
+    if standing.complete is not None:
+        lines.append(f"    first {standing.complete.n}, on which all ran: {_share(standing.complete)}")
+    return lines
+
+
+def _share(share: "Share") -> str:
+    return f"{share.value:.1%} [{share.lower:.1%}, {share.upper:.1%}]"
+
+
+def _budget(budget: float | None) -> str:
+    if budget is None:
+        return "nearest"
+    number = _number(budget)
+    return number if "/" in number else f"{budget:.4g}"
+
+
+def _number(budget: float) -> str:
+    """The budget with all its digits, small ones in 255ths where they are whole ones."""
+    steps = round(budget * 255)
+    return f"{steps}/255" if budget <= 0.2 and steps / 255 == budget else f"{budget!r}"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 3] + "..."
+
+
+def _described(attack: "Attack") -> dict[str, Any]:
+    from guard.evaluation import suite
+
+    groups = [group for group in suite.GROUPS if suite.belongs(attack, group)]
+    names = ("name", "title", "norm", "budgets", "knowledge", "aware", "passes", "needs", "unit", "source")
+    return {name: getattr(attack, name) for name in names} | {
+        "groups": groups,
+        "installed": suite.installed(attack),
+    }
+
+
+def _listing(attacks: "Sequence[Attack]") -> str:
+    from guard.evaluation import suite
+
+    lines = ["passes per image at most (a gradient: three); * its package is not installed"]
+    left = list(attacks)
+    for group, words in suite.GROUPS.items():
+        members = [attack for attack in left if group != "default" and suite.belongs(attack, group)]
+        if not members:
+            continue
+        left = [attack for attack in left if attack not in members]
+        lines += ["", f"{group}: {words}" if group != "all" else "others:"]
+        for attack in members:
+            mark = " " if suite.installed(attack) else "*"
+            lines.append(_cut(f"{attack.passes:8d}{mark} {attack.name:36s} {attack.title}"))
+    return "\n".join(lines)
+
+
+def _budgets(text: str) -> "tuple[Norm, tuple[float, ...]]":
+    norm, _, values = text.partition("=")
+    try:
+        numbers = tuple(sorted(float(Fraction(value)) for value in values.split(",")))
+    except (ValueError, ZeroDivisionError):
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
+        raise argparse.ArgumentTypeError(f"expected budgets above 0, such as l2=0.25,0.5, not {text!r}")
+    if norm == "l2":
+        return "l2", numbers
+    if norm == "linf":
+        return "linf", numbers
+    raise argparse.ArgumentTypeError(f"{norm!r} is no norm: expected l2 or linf, as in linf=2/255")
+
+
+def _images(text: str) -> list[int]:
+    words = text.split(",")
+    if not 1 <= len(words) <= 3 or not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(
+            f"expected up to three numbers above 0, such as 1000,500,200, not {text!r}"
+        )
+    return [int(word) for word in words]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
+    return int(text)

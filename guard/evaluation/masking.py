@@ -1,0 +1,193 @@
+"""Signs that gradients are masked, so that attacks by gradients look weaker than the attacker is.
+
+Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5. `probe` runs a few attacks for them;
+`checks` judges these, and the attacks of an evaluation against one another.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from guard import attacks
+from guard.attacks import Differentiable, Floats, Labels, Norm, column, random_directions
+from guard.evaluation.results import Check, Finished, Flags
+from guard.stages import Arrays
+
+STEPS = (1, 5, 20, 80)
+UNBOUNDED_STEPS = 80
+DRAWS = 100
+TOLERANCE = 0.01
+"""Share of images that an attack may win over another by luck: one image, or one in a hundred."""
+
+PASSES = 3 * (sum(STEPS) + len(STEPS)) * 2 + 3 * 2 * (UNBOUNDED_STEPS + 1) + 2 * DRAWS
+"""Cost of `probe` per image in forward passes, at most, for two norms."""
+
+
+def probe(
+    model: Differentiable,
+    images: Floats,
+    labels: Labels,
+    budgets: Mapping[Norm, float],
+    *,
+    seed: int = 0,
+) -> Arrays:
+    """What the checks need that the attacks of an evaluation do not tell, per image (B,).
+
+    `NORM-STEPS`: success of PGD on the logit margin, from the image alone, with so many steps, at the norm's
+    budget. `NORM-random`: whether one of `DRAWS` random perturbations of that length is wrong, looked at
+    where the longest PGD failed. `unbounded`: success of PGD in the linf ball of radius 1, which holds every
+    image. Attacked images stay in [0, 1].
+    """
+    found: Arrays = {}
+    for norm, eps in budgets.items():
+        for steps in STEPS:
+            found[f"{norm}-{steps}"] = attacks.pgd(
+                model, images, labels, eps, norm=norm, steps=steps, restarts=1, clip=True, seed=seed
+            ).success
+        rows = np.flatnonzero(~found[f"{norm}-{STEPS[-1]}"])
+        found[f"{norm}-random"] = np.zeros(len(images), np.bool_)
+        found[f"{norm}-random"][rows] = _random(model, images[rows], labels[rows], norm, eps, seed)
+    found["unbounded"] = attacks.pgd(
+        model,
+        images,
+        labels,
+        1.0,
+        norm="linf",
+        steps=UNBOUNDED_STEPS,
+        restarts=2,
+        loss="cross-entropy",
+        clip=True,
+        seed=seed,
+    ).success
+    return found
+
+
+def _random(
+    model: Differentiable, images: Floats, labels: Labels, norm: Norm, eps: float, seed: int
+) -> Flags:
+    generator = np.random.default_rng([seed, 7])
+    wrong = np.zeros(len(images), np.bool_)
+    for _ in range(DRAWS):
+        rows = np.flatnonzero(~wrong)
+        if not len(rows):
+            break
+        noise = random_directions(images.shape, norm, generator)[rows]
+        points = np.clip(images[rows] + column(np.full(len(rows), eps)) * noise, 0.0, 1.0)
+        wrong[rows] = model.logits(points).argmax(axis=1) != labels[rows]
+    return wrong
+
+
+def checks(finished: Sequence[Finished], probed: Arrays, budgets: Mapping[Norm, float]) -> list[Check]:
+    """Every check with its verdict; `budgets` are those that `probed` was made at."""
+    found = [_unbounded(probed)]
+    for norm, eps in budgets.items():
+        found += [
+            _more_steps(probed, norm, eps),
+            _one_step(probed, norm, eps),
+            _random_search(probed, norm, eps),
+            _black_box(finished, norm, eps),
+        ]
+    return found
+
+
+def _unbounded(probed: Arrays) -> Check:
+    success = probed["unbounded"]
+    return Check(
+        name="an unbounded attack always succeeds",
+        verdict="passed" if success.all() else "failed",
+        expected="PGD in the whole of [0, 1] makes every image wrong",
+        found=f"{int(success.sum())} of {len(success)} images",
+        numbers={"success": int(success.sum()), "n": len(success)},
+    )
+
+
+def _more_steps(probed: Arrays, norm: Norm, eps: float) -> Check:
+    counts = {steps: int(probed[f"{norm}-{steps}"].sum()) for steps in STEPS}
+    n = len(probed[f"{norm}-1"])
+    values = list(counts.values())
+    falls = max(before - after for before, after in pairwise(values))
+    return Check(
+        name=f"more steps are stronger, {norm}",
+        verdict="passed" if _few(falls, n) else "failed",
+        expected=f"PGD at {eps:.4g} breaks no fewer images with more steps",
+        found=", ".join(f"{count} with {steps}" for steps, count in counts.items()) + f", of {n}",
+        numbers={"n": n, "budget": eps} | {f"steps {steps}": count for steps, count in counts.items()},
+    )
+
+
+def _one_step(probed: Arrays, norm: Norm, eps: float) -> Check:
+    once, often = probed[f"{norm}-1"], probed[f"{norm}-{STEPS[2]}"]
+    alone = int((once & ~often).sum())
+    return Check(
+        name=f"many steps beat one, {norm}",
+        verdict="passed" if _few(alone, len(once)) else "failed",
+        expected=f"one step of {eps:.4g} breaks no image that {STEPS[2]} steps do not",
+        found=f"{alone} of {len(once)} images; one step breaks {int(once.sum())}, {STEPS[2]} break "
+        f"{int(often.sum())}",
+        numbers={
+            "one step alone": alone,
+            "one step": int(once.sum()),
+            "many steps": int(often.sum()),
+            "n": len(once),
+            "budget": eps,
+        },
+    )
+
+
+def _random_search(probed: Arrays, norm: Norm, eps: float) -> Check:
+    alone, n = int(probed[f"{norm}-random"].sum()), len(probed[f"{norm}-random"])
+    left = n - int(probed[f"{norm}-{STEPS[-1]}"].sum())
+    return Check(
+        name=f"random search finds nothing that PGD does not, {norm}",
+        verdict="passed" if _few(alone, n) else "failed",
+        expected=f"none of {DRAWS} random perturbations of {eps:.4g} breaks an image that PGD does not",
+        found=f"{alone} of the {left} images that PGD left standing",
+        numbers={"random alone": alone, "left by PGD": left, "n": n, "draws": DRAWS, "budget": eps},
+    )
+
+
+def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
+    """Of the images that some attack of either kind was run on, those that only queries broke.
+
+    Attacks that know the detector, and may stop at images broken before, are left out.
+    """
+    plain = [one for one in finished if one.result.aware is None]
+    white = [one for one in plain if one.result.knowledge == "gradients"]
+    black = [one for one in plain if one.result.knowledge in ("scores", "decisions")]
+    rows = np.intersect1d(_rows(white), _rows(black))
+    expected = f"queries alone break no image within {eps:.4g} that gradients do not"
+    name = f"gradients beat queries, {norm}"
+    if not len(rows):
+        return Check(
+            name=name, verdict="not run", expected=expected, found="no attack by queries on the same images"
+        )
+    by_gradients = np.isin(rows, _broken(white, norm, eps))
+    by_queries = np.isin(rows, _broken(black, norm, eps))
+    alone = int((by_queries & ~by_gradients).sum())
+    return Check(
+        name=name,
+        verdict="passed" if _few(alone, len(rows)) else "failed",
+        expected=expected,
+        found=f"{alone} of {len(rows)} images; queries break {int(by_queries.sum())}, gradients "
+        f"{int(by_gradients.sum())}",
+        numbers={
+            "queries alone": alone,
+            "queries": int(by_queries.sum()),
+            "gradients": int(by_gradients.sum()),
+            "n": len(rows),
+            "budget": eps,
+        },
+    )
+
+
+def _rows(finished: Sequence[Finished]) -> Labels:
+    return np.unique(np.concatenate([one.arrays["row"] for one in finished] or [np.zeros(0, np.int64)]))
+
+
+def _broken(finished: Sequence[Finished], norm: Norm, eps: float) -> Labels:
+    return np.unique(np.concatenate([one.arrays["row"][one.within(norm, eps)] for one in finished]))
+
+
+def _few(count: int, n: int) -> bool:
+    return count <= max(1, int(TOLERANCE * n))

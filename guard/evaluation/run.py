@@ -1,0 +1,803 @@
+"""`guard evaluate`: attacks on a bundle, what the detector says of them, and what they leave standing.
+
+Every image that an attack returns is judged anew by the decisions that would be served, under every score,
+whatever the attack says of it; the headline counts whatever any attack found. Attacks run one after another,
+cheap ones first, in pieces that outlive a crash (`guard.stages`); a finished attack's file is final, so that
+others can be added later.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from guard import bundle as bundles
+from guard import data
+from guard.attacks import Floats, Found, Labels, Norm, length
+from guard.bundle import Bundle, Calibration, ScoreName
+from guard.calibration import rescored
+from guard.data import Dataset
+from guard.decision import Guard
+from guard.errors import BundleError, DataError, UsageError
+from guard.evaluation import masking
+from guard.evaluation.attack import Attack
+from guard.evaluation.results import (
+    ARRAYS,
+    ATTACKS_FOLDER,
+    CLEAN,
+    CLEAN_FILE,
+    GALLERY,
+    MEASURED,
+    RESULTS,
+    ROUNDING,
+    SETTINGS,
+    AttackResult,
+    Check,
+    Detection,
+    Finished,
+    RadiusAudit,
+    Results,
+    Standing,
+    auroc,
+    load,
+    load_arrays,
+    share,
+    summary,
+)
+from guard.evaluation.target import Flags, Target, Values
+from guard.files import atomic_open, provenance, write_bytes, write_text
+from guard.guarded import GRAPH_VERSION
+from guard.progress import Progress, duration
+from guard.runtime import Detector, Measurement
+from guard.settings import Policy
+from guard.stages import PIECE, Arrays, Stages
+
+log = logging.getLogger(__name__)
+
+NORMS: tuple[Norm, Norm] = ("l2", "linf")
+BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
+
+VERSION = 1
+"""Raised whenever pieces come to hold something else: those of an interrupted run of another version are not
+taken."""
+
+DEAR = 5000
+"""Passes per image from which an attack is dear: it gets fewer images."""
+
+SPARING = 1000
+"""Passes per image from which an attack that knows the detector spares images that are broken already."""
+
+PIECE_PASSES = 100_000
+"""Passes in a piece, about: a crash loses no more."""
+
+PROBED, PROBED_QUICK = 100, 32
+"""Images that the masking checks' own attacks are run on."""
+
+_NEAREST, _INSIDE = 3 * 60, 3 * 3 * 2 * 21  # passes of the attacks aimed at radii: nearest, and from inside
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated. `scores`: the detectors judged and attacked; empty: the served one. `images`,
+    `dear_images`, `query_images`: how many images for most attacks, for those of `DEAR` passes and more, and
+    for those by queries. `budgets` are those of the headline. `quick` leaves out the attacks from
+    inside the radii, and looks for masked gradients on fewer images.
+    """
+
+    scores: tuple[ScoreName, ...] = ()
+    budgets: Mapping[Norm, tuple[float, ...]] = field(default_factory=lambda: dict(BUDGETS))
+    images: int = 1000
+    dear_images: int = 500
+    query_images: int = 200
+    seed: int = 0
+    quick: bool = False
+
+    def count(self, attack: Attack) -> int:
+        """Images for an attack, right and wrong ones."""
+        if attack.knowledge in ("scores", "decisions"):
+            return min(self.images, self.query_images)
+        return min(self.images, self.dear_images) if attack.passes >= DEAR else self.images
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attack at one budget; `denial` counts rejected images instead of wrong ones."""
+
+    attack: Attack
+    budget: float | None
+    denial: bool = False
+
+    @property
+    def file(self) -> str:
+        """Its arrays, relative to the results folder."""
+        at = "" if self.budget is None else f"-{self.budget:.4g}"
+        return f"{ATTACKS_FOLDER}/{self.attack.name}{at}.npz"
+
+    @property
+    def skips(self) -> bool:
+        """Whether images that a cheaper attack broke already, for the same score and budget, are spared."""
+        queries = self.attack.knowledge in ("scores", "decisions")
+        dear = queries or self.attack.passes >= SPARING
+        return self.attack.aware is not None and self.budget is not None and dear and not self.denial
+
+
+def tasks_of(attacks: Sequence[Attack], denials: Sequence[Attack] = ()) -> list[Task]:
+    """Every attack at each of its budgets, cheap ones first."""
+    found = [
+        Task(attack, budget, denial)
+        for denial, some in ((False, attacks), (True, denials))
+        for attack in some
+        for budget in attack.budgets or (None,)
+    ]
+    return sorted(found, key=lambda task: (task.attack.passes, task.denial))
+
+
+def evaluate(
+    folder: str | Path,
+    dataset: Dataset,
+    out: str | Path,
+    tasks: Sequence[Task],
+    settings: Settings = Settings(),
+    *,
+    provider: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+    twin: str | None = None,
+    command: str = "",
+    arguments: Mapping[str, Any] | None = None,
+    silent: bool = False,
+) -> Results:
+    """Runs the tasks on the calibrated bundle in `folder` and writes the folder `out`; see `results`.
+
+    Images are those of the calibration's report fold where `dataset` is the data it was calibrated on, else
+    all, with a warning; in an order that the seed fixes. What `out` holds of an earlier run with the same
+    bundle, data, scores, images and seed is kept and not computed again. `twin` is the digest of the network
+    that attacks of transfer are made on.
+
+    Raises `DataError` for data without labels, of another shape, or that the model was trained on,
+    `UsageError` where `out` holds something else, `BundleError` for the bundle, and what `Detector` raises.
+    """
+    run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
+    return run.evaluate(tasks, silent=silent)
+
+
+def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Found) -> Arrays:
+    """What the served decisions say of n attacked images: the arrays of `results.ARRAYS`, but `row`, `image`.
+
+    The attack's word is not taken for anything: a success counts where the image is wrong (for a denial:
+    rejected), within the budget and, for attacks that know a score, accepted by its guard.
+    """
+    attack, n = task.attack, len(images)
+    attacked = np.clip(found.images, 0, 1).astype(np.float32)
+    moved = attacked - images
+    arrays: Arrays = {"l2": length(moved, "l2"), "linf": length(moved, "linf")}
+    suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
+    wrong = np.zeros(n, np.bool_)
+    accepted = {score: np.zeros(n, np.bool_) for score in target.guards}
+    ratio = {score: np.full(n, np.nan) for score in target.guards}
+    measured: Arrays = {}
+    if len(suspects):
+        for score in target.guards:
+            verdict = target.verdict(attacked[suspects], score)
+            wrong[suspects] = verdict.labels != labels[suspects]
+            accepted[score][suspects] = verdict.accepted
+            ratio[score][suspects] = verdict.ratio
+            measured = measured or _measured(target, attacked[suspects], score, verdict.measurement)
+    shapes = {"logits": (target.model.num_classes,)}
+    arrays |= {name: np.full((n, *shapes.get(name, ())), np.nan, np.float32) for name in MEASURED}
+    for name, values in measured.items():
+        arrays[name][suspects] = values
+    success = found.success.astype(np.bool_)
+    if attack.aware is not None:
+        success = success & (accepted[attack.aware] != task.denial)
+    if not task.denial:
+        success = success & wrong
+    if attack.norm is not None and task.budget is not None:
+        success = success & (arrays[attack.norm] <= task.budget * (1 + ROUNDING) + ROUNDING)
+    passes = getattr(found, "passes", None)
+    return (
+        arrays
+        | {
+            "success": success,
+            "unconfirmed": found.success & ~success,
+            "wrong": wrong,
+            "distance": np.where(success, found.distance, np.inf),
+            "passes": np.full(n, attack.passes) if passes is None else passes,
+        }
+        | {f"accepted_{score}": values for score, values in accepted.items()}
+        | {f"ratio_{score}": values for score, values in ratio.items()}
+    )
+
+
+def standings(
+    finished: Sequence[Finished],
+    clean: Arrays,
+    scores: Sequence[ScoreName],
+    budgets: Mapping[Norm, Sequence[float]],
+) -> list[Standing]:
+    """Robust accuracy with rejection for every score, norm and budget, under the union of all attacks."""
+    return [
+        _standing(finished, clean, score, norm, budget)
+        for score in scores
+        for norm, values in budgets.items()
+        for budget in values
+    ]
+
+
+def _standing(
+    finished: Sequence[Finished], clean: Arrays, score: ScoreName, norm: Norm, budget: float
+) -> Standing:
+    taken = clean["right"] & clean[f"accepted_{score}"]
+    by_attack: dict[str, Flags] = {}
+    shortest = len(taken)
+    for one in finished:
+        result = one.result
+        fell = by_attack.setdefault(result.name, np.zeros(len(taken), np.bool_))
+        fell[one.arrays["row"][one.within(norm, budget) & one.arrays[f"accepted_{score}"]]] = True
+        aimed = result.norm == norm and result.aware in (None, score)
+        if aimed and (result.budget is None or result.budget <= budget):
+            shortest = min(shortest, int(result.settings["images"]))
+    fallen = np.any(list(by_attack.values()), axis=0) if by_attack else np.zeros(len(taken), np.bool_)
+    counts = {name: int((fell & taken).sum()) for name, fell in by_attack.items()}
+    ranked = dict(sorted(((n, c) for n, c in counts.items() if c), key=lambda item: (-item[1], item[0])))
+    standing = taken & ~fallen
+    return Standing(
+        score=score,
+        norm=norm,
+        budget=budget,
+        standing=share(standing),
+        clean=share(taken),
+        worst=next(iter(ranked), None),
+        fallen=ranked,
+        complete=share(standing[:shortest]) if shortest < len(taken) else None,
+    )
+
+
+class _Run:
+    """One evaluation: the target, its clean images, and what is finished."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        dataset: Dataset,
+        out: Path,
+        settings: Settings,
+        provider: Literal["auto", "cpu", "cuda"],
+        threads: int,
+        twin: str | None,
+        command: str,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self.found = bundles.load(folder, graph_version=GRAPH_VERSION)
+        self.calibration = self.found.calibrated()
+        self.dataset, self.out, self.settings = dataset, out, settings
+        self.provider, self.threads, self.twin = provider, threads, twin
+        self.command, self.arguments = command, arguments
+        self.policy = Policy.from_environment()
+        served = self.calibration.score
+        chosen = settings.scores or (served,)
+        self.scores: list[ScoreName] = [served, *(score for score in chosen if score != served)]
+        _check(dataset, self.found)
+        self.same_data = self.calibration.data.get("digest") == dataset.digest
+        if not self.same_data:
+            if len(self.scores) > 1:
+                raise UsageError(
+                    f"{dataset.name} is not the data that {self.found.path} was calibrated on, so that other "
+                    f"scores cannot be calibrated: give that data, or --scores {served}."
+                )
+            log.warning(
+                "%s is not the data that %s was calibrated on: all its images are used, and the promised "
+                "rate of false alarms need not hold on them",
+                dataset.name,
+                self.found.path,
+            )
+        self.index = _images(dataset, self.calibration, settings, same=self.same_data)
+        self.labels: Labels = _labels(dataset)[self.index]
+        self.clean: Arrays = {}
+        self.finished: list[Finished] = []
+        self.denied: list[Finished] = []
+        self.checks: list[Check] = []
+        self.radii: list[RadiusAudit] = []
+
+    def evaluate(self, tasks: Sequence[Task], *, silent: bool) -> Results:
+        self._take_up()
+        self.target = self._target(silent=silent)
+        self.clean = self._clean(silent=silent)
+        done = {one.result.file for one in (*self.finished, *self.denied)}
+        left = [task for task in tasks if task.file not in done]
+        passes = {task.file: self._count(task) * task.attack.passes for task in left}
+        last = self._last_passes()
+        total = sum(passes.values()) + last
+        self._announce(left, total)
+        with Progress(total, "evaluate", silent=silent) as progress:
+            for task in left:
+                self._attack(task, progress)
+            self._mask(progress)
+            self._audit(progress)
+            return self._write()
+
+    # --- what was done before
+
+    def _identity(self) -> dict[str, Any]:
+        """What another run must share for its attacks to be kept."""
+        settings = self.settings
+        return {
+            "model": self.found.digest,
+            "calibration": self.found.manifest.files[bundles.CALIBRATION],
+            "data": self.dataset.digest,
+            "scores": list(self.scores),
+            "images": len(self.index),
+            "dear images": settings.dear_images,
+            "query images": settings.query_images,
+            "seed": settings.seed,
+            "policy": asdict(self.policy),
+        }
+
+    def _take_up(self) -> None:
+        """Takes finished attacks from the results folder; raises where they are of something else."""
+        path, now = self.out / SETTINGS, self._identity()
+        if not path.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise UsageError(f"--out {self.out}: holds files but no evaluation. Choose a new folder.")
+            write_text(path, json.dumps(now, indent=1) + "\n")
+            return
+        before = json.loads(path.read_text())
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise UsageError(
+                    f"--out {self.out}: holds an evaluation with other {name}: {_short(before.get(name))}, "
+                    f"now {_short(value)}. Choose another folder, or give the same settings."
+                )
+        if not (self.out / RESULTS).is_file():
+            return
+        results = load(self.out)
+        for some, into in ((results.attacks, self.finished), (results.over_rejection, self.denied)):
+            for one in some:
+                into.append(Finished(one, load_arrays(self.out / one.file, ARRAYS)))
+        twins = {one.result.settings.get("twin") for one in self.finished} - {None}
+        if self.twin is not None and twins - {self.twin}:
+            raise UsageError(
+                f"--out {self.out}: holds attacks made on another twin: {_short(*twins)}, now "
+                f"{_short(self.twin)}. Choose another folder."
+            )
+        self.checks, self.radii = results.checks, results.radii
+        log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
+
+    def _stages(self, name: str, progress: Progress, **more: object) -> Stages:
+        key = {"version": VERSION, "graph": GRAPH_VERSION, "name": name, **self._identity(), **more}
+        return Stages(self.out, key, progress, doing="evaluating")
+
+    # --- the target and its clean images
+
+    def _target(self, *, silent: bool) -> Target:
+        model = Detector(self.found.model, score="jacobian", provider=self.provider, threads=self.threads)
+        guards = {score: self._guard(score, model, silent=silent) for score in self.scores}
+        return Target(model, guards)
+
+    def _guard(self, score: ScoreName, model: Detector, *, silent: bool) -> Guard:
+        calibration = self.calibration
+        if score != calibration.score:
+            calibration = self._calibration(score, silent=silent)
+        detector = model
+        if score != model.score:
+            detector = Detector(self.found.model, score=score, provider=self.provider, threads=self.threads)
+        bundle = Bundle(self.found.path, self.found.manifest, calibration)
+        return Guard(bundle, detector, self.policy)
+
+    def _calibration(self, score: ScoreName, *, silent: bool) -> Calibration:
+        """The calibration of a score that is not served, kept in the results folder."""
+        path = self.out / "scores" / f"{score}.json"
+        if path.is_file():
+            kept = Calibration.model_validate_json(path.read_bytes())
+            if kept.model_sha256 == self.calibration.model_sha256:
+                return kept
+        with (
+            Progress(0, f"calibrate {score}", silent=silent) as progress,
+            self._stages(f"calibrate {score}", progress) as stages,
+        ):
+            found = rescored(
+                self.found, self.dataset, score, stages, provider=self.provider, threads=self.threads
+            )
+            write_bytes(path, bundles.dump(found))
+        return found
+
+    def _clean(self, *, silent: bool) -> Arrays:
+        path = self.out / CLEAN_FILE
+        names = [f"{what}_{score}" for score in self.scores for what in ("accepted", "ratio")]
+        if path.is_file():
+            arrays = load_arrays(path, (*CLEAN, *names))
+        else:
+
+            def piece(rows: Labels) -> Arrays:
+                return self._clean_piece(rows)
+
+            rows = np.arange(len(self.index))
+            with (
+                Progress(len(rows), "clean images", silent=silent) as progress,
+                self._stages("clean", progress) as stages,
+            ):
+                arrays = {
+                    "index": self.index,
+                    "label": self.labels,
+                    "image": self._pixels(rows[:GALLERY]),
+                    **stages.run("clean", rows, piece),
+                }
+                _save(path, arrays)
+        return arrays | {"right": arrays["logits"].argmax(axis=1) == self.labels}
+
+    def _clean_piece(self, rows: Labels) -> Arrays:
+        images = self._pixels(rows)
+        arrays: Arrays = {}
+        for score in self.scores:
+            verdict = self.target.verdict(images, score)
+            arrays = arrays or _measured(self.target, images, score, verdict.measurement)
+            arrays |= {f"accepted_{score}": verdict.accepted, f"ratio_{score}": verdict.ratio}
+            if score == self.calibration.score:
+                decisions = self.target.guards[score].decide(verdict.measurement)
+                radii = np.array([(one.measured.l2, one.measured.linf) for one in decisions], np.float64)
+                arrays |= {"radius_l2": radii[:, 0], "radius_linf": radii[:, 1]}
+        return arrays
+
+    def _pixels(self, rows: Labels) -> Floats:
+        return data.to_floats(self.dataset.images[self.index[rows]])
+
+    # --- attacks
+
+    def _count(self, task: Task) -> int:
+        return len(self._eligible(task))
+
+    def _eligible(self, task: Task) -> Labels:
+        """Rows of the images to attack: right, and accepted by the guard that the attack knows."""
+        allowed = self.clean["right"].copy()
+        if task.attack.aware is not None:
+            allowed &= self.clean[f"accepted_{task.attack.aware}"]
+        rows = np.flatnonzero(allowed)
+        return rows[rows < self.settings.count(task.attack)]
+
+    def _open(self, task: Task, rows: Labels) -> Labels:
+        """Of these rows, those that no finished attack broke for the same score within the budget."""
+        attack, budget = task.attack, task.budget
+        if not task.skips or attack.norm is None or budget is None:
+            return rows
+        broken = [np.zeros(0, np.int64)]
+        for one in self.finished:
+            fell = one.within(attack.norm, budget) & one.arrays[f"accepted_{attack.aware}"]
+            broken.append(one.arrays["row"][fell])
+        return np.setdiff1d(rows, np.concatenate(broken))
+
+    def _attack(self, task: Task, progress: Progress) -> None:
+        attack = task.attack
+        eligible = self._eligible(task)
+        rows = self._open(task, eligible)
+        progress.advance((len(eligible) - len(rows)) * attack.passes, attack.name)
+        if not len(rows):
+            log.info("%s: no image is left to attack", task.file)
+            return
+
+        def piece(part: Labels) -> Arrays:
+            images, labels = self._pixels(part), self.labels[part]
+            started = time.perf_counter()
+            seed = 1009 * self.settings.seed + int(part[0])
+            found = attack.run(self.target, images, labels, task.budget, seed)
+            shown = part < GALLERY
+            attacked = np.clip(found.images[shown], 0, 1).astype(np.float32)
+            arrays: Arrays = {"row": part, "image": attacked}
+            arrays |= judged(self.target, task, images, labels, found)
+            return arrays | {"seconds": np.array([time.perf_counter() - started])}
+
+        twin = {"twin": self.twin} if attack.knowledge == "another network" else {}
+        with self._stages(task.file, progress, passes=attack.passes, **twin) as stages:
+            size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
+            arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size)
+            seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
+            details = {
+                "images": self.settings.count(attack),
+                "skipped": len(eligible) - len(rows),
+                "unconfirmed": unconfirmed,
+                "command": self.command,
+                **twin,
+                **_keywords(attack.run),
+            }
+            result = self._result(task, arrays, seconds, details)
+            _save(self.out / task.file, arrays)
+            (self.denied if task.denial else self.finished).append(Finished(result, arrays))
+            self._write()
+
+    def _result(self, task: Task, arrays: Arrays, seconds: float, details: dict[str, Any]) -> AttackResult:
+        attack, success = task.attack, arrays["success"]
+        return AttackResult(
+            name=attack.name,
+            title=attack.title,
+            norm=attack.norm,
+            unit=attack.unit,
+            budget=task.budget,
+            knowledge=attack.knowledge,
+            aware=attack.aware,
+            source=attack.source,
+            settings=details,
+            n=len(success),
+            success=share(success),
+            distance=summary(arrays["distance"]) if task.budget is None else None,
+            passes=float(arrays["passes"].mean()),
+            seconds=seconds,
+            detection={
+                score: Detection(
+                    rejected=share(~arrays[f"accepted_{score}"][success]),
+                    auroc=auroc(arrays[f"ratio_{score}"][success], self.clean[f"ratio_{score}"]),
+                )
+                for score in self.scores
+                if success.any() and not task.denial
+            },
+            file=task.file,
+        )
+
+    # --- what is looked at once all attacks have run
+
+    def _budgets(self) -> dict[Norm, list[float]]:
+        """Those of the headline: asked for, and of finished attacks; only where some attack aimed at them."""
+        found: dict[Norm, list[float]] = {}
+        for norm in NORMS:
+            run = {
+                one.result.budget
+                for one in self.finished
+                if one.result.norm == norm and one.result.budget is not None
+            }
+            found[norm] = sorted(run | set(self.settings.budgets.get(norm, ())))
+        for norm, values in found.items():
+            aimed = [
+                one.result.budget or 0.0
+                for one in self.finished
+                if one.result.norm == norm and one.result.knowledge != "nothing"
+            ]
+            found[norm] = [value for value in values if value >= min(aimed, default=math.inf)]
+        return found
+
+    def _last_passes(self) -> int:
+        probed = PROBED_QUICK if self.settings.quick else PROBED
+        radii = len(NORMS) * self._radii_passes() * len(self.index) if find_spec(_AUDIT) else 0
+        return probed * masking.PASSES + radii
+
+    def _radii_passes(self) -> int:
+        return _NEAREST if self.settings.quick else _NEAREST + _INSIDE
+
+    def _mask(self, progress: Progress) -> None:
+        budgets = {norm: min(self.settings.budgets.get(norm) or BUDGETS[norm]) for norm in NORMS}
+        count = PROBED_QUICK if self.settings.quick else PROBED
+        rows = np.flatnonzero(self.clean["right"])[:count]
+        if not len(rows):
+            return
+
+        def piece(part: Labels) -> Arrays:
+            return masking.probe(
+                self.target.model, self._pixels(part), self.labels[part], budgets, seed=self.settings.seed
+            )
+
+        path = self.out / "masking.npz"
+        key = {f"budget-{norm}": np.array([value]) for norm, value in budgets.items()} | {"row": rows}
+        probed = load_arrays(path) if path.is_file() else {}
+        if not all(name in probed and np.array_equal(probed[name], value) for name, value in key.items()):
+            with self._stages("masking", progress, budgets=sorted(budgets.items())) as stages:
+                probed = stages.run("masking checks", rows, piece, cost=masking.PASSES) | key
+                _save(path, probed)
+        self.checks = masking.checks(self.finished, probed, budgets)
+
+    def _audit(self, progress: Progress) -> None:
+        """Radii against every attack of the run, and against attacks started inside them."""
+        if not find_spec(_AUDIT):
+            return
+        audit = import_module(_AUDIT)
+        guard = self.target.guards[self.calibration.score]
+        rows = np.arange(len(self.index))
+        nearest = {norm: self._nearest(norm) for norm in NORMS}
+        random: dict[Norm, Any] = {}
+        for norm in NORMS:
+            nearest[norm] = np.minimum(nearest[norm], self._aimed(audit, norm, progress))
+            if self.same_data and not self.settings.quick:
+                random[norm] = self._random_omega(audit, norm)
+        parts = [guard.measure(self._pixels(part)) for part in _split(rows)]
+        measured = Measurement.concatenate(parts)
+        self.radii = audit.radii(self.target, self.found, measured, nearest, random=random or None)
+
+    def _nearest(self, norm: Norm) -> Values:
+        """Smallest distance (N,) at which any attack made an image wrong; inf: none."""
+        nearest = np.full(len(self.index), np.inf)
+        for one in self.finished:
+            reach = np.where(one.arrays["wrong"], one.arrays[norm], np.inf)
+            np.minimum.at(nearest, one.arrays["row"], reach)
+        return nearest
+
+    def _aimed(self, audit: Any, norm: Norm, progress: Progress) -> Values:
+        """Nearest of the attacks aimed at radii; with `quick` without those that start inside them."""
+        restarts = 0 if self.settings.quick else 2
+        guard = self.target.guards[self.calibration.score]
+
+        def piece(part: Labels) -> Arrays:
+            images = self._pixels(part)
+            measured = guard.measure(images)
+            seed = 1009 * self.settings.seed + int(part[0])
+            distance = audit.attacks_inside(
+                self.target, self.found, images, measured, norm, restarts=restarts, seed=seed
+            )
+            return {"distance": distance}
+
+        path = self.out / f"radii-{norm}.npz"
+        kept = load_arrays(path, ("distance", "restarts")) if path.is_file() else {}
+        if not kept or kept["restarts"] != restarts:
+            with self._stages(f"radii {norm}", progress, restarts=restarts) as stages:
+                rows, cost = np.arange(len(self.index)), self._radii_passes()
+                kept = stages.run(f"radii {norm}", rows, piece, cost=cost)
+                kept |= {"restarts": np.array(restarts)}
+                _save(path, kept)
+        return np.asarray(kept["distance"], np.float64)
+
+    def _random_omega(self, audit: Any, norm: Norm) -> Any:
+        fold = data.folds(len(self.dataset), self.calibration.seed)["radii"]
+        images = data.to_floats(self.dataset.images[fold])
+        return audit.random_omega(self.target.model, images, norm, seed=self.settings.seed)
+
+    # --- the record
+
+    def _write(self) -> Results:
+        results = self._results()
+        write_bytes(self.out / RESULTS, bundles.dump(results))
+        return results
+
+    def _results(self) -> Results:
+        settings, clean, found = self.settings, self.clean, self.found
+        jacobian = summary(clean["jacobian"])
+        if jacobian is None:
+            raise BundleError(f"{found.path}: its Jacobian norms are not finite on {self.dataset.name}.")
+        budgets = self._budgets()
+        seconds = sum(one.result.seconds for one in (*self.finished, *self.denied))
+        return Results(
+            command=self.command,
+            hardware=hardware(self.target.model, self.threads),
+            seconds=seconds,
+            bundle={
+                "name": found.manifest.name,
+                "path": str(found.path),
+                "digest": found.digest,
+                "class_names": found.manifest.class_names,
+                "fpr": self.calibration.fpr,
+                "thresholds": {
+                    score: self.target.guards[score].calibration.threshold for score in self.scores
+                },
+            },
+            data={
+                "name": self.dataset.name,
+                "digest": self.dataset.digest,
+                "n": len(self.dataset),
+                "fold": "report" if self.same_data else "all",
+            },
+            settings={
+                "identity": self._identity(),
+                "budgets": {norm: list(values) for norm, values in budgets.items()},
+                "seed": settings.seed,
+                "quick": settings.quick,
+                "images": settings.images,
+                "dear_images": settings.dear_images,
+                "query_images": settings.query_images,
+            },
+            images=len(self.index),
+            accuracy=share(clean["right"]),
+            scores=self.scores,
+            served=self.calibration.score,
+            rejected={score: share(~clean[f"accepted_{score}"]) for score in self.scores},
+            jacobian=jacobian,
+            attacks=[one.result for one in self.finished],
+            standing=standings(self.finished, clean, self.scores, budgets),
+            over_rejection=[one.result for one in self.denied],
+            checks=self.checks,
+            radii=self.radii,
+            provenance=provenance(self.arguments, seed=settings.seed),
+        )
+
+    def _announce(self, left: Sequence[Task], total: int) -> None:
+        """Says what the run costs before it starts, from the speed of a few forward passes here."""
+        images = self._pixels(np.arange(min(64, len(self.index))))
+        seconds = []
+        for _ in range(4):
+            started = time.perf_counter()
+            self.target.model.logits(images)
+            seconds.append(time.perf_counter() - started)
+        each = min(seconds) / len(images)
+        log.info(
+            "attacks to run: %d, each at its budgets; at most %.2g forward passes, %s at the speed of this "
+            "machine; most take fewer",
+            len({task.attack.name for task in left}),
+            total,
+            duration(each * total),
+        )
+
+
+_AUDIT = "guard.evaluation.audit"
+
+
+def _check(dataset: Dataset, found: Bundle) -> None:
+    shape = found.manifest.input
+    height, width, channels = dataset.images.shape[1:]
+    if (channels, height, width) != (shape.channels, shape.height, shape.width):
+        raise DataError(
+            f"{dataset.name}: images are {channels} x {height} x {width}, the model {found.path} takes "
+            f"{shape.channels} x {shape.height} x {shape.width} (channels, height, width). Give images of "
+            "that size, or a folder of image files, which are resized as the manifest says."
+        )
+    training = found.manifest.provenance.get("training") or {}
+    trained_on = (training.get("data") or {}).get("digest") if isinstance(training, dict) else None
+    if trained_on == dataset.digest:
+        raise DataError(
+            f"{dataset.name}: these are the images that {found.path} was trained on, on which every figure "
+            "flatters. Give held-out images."
+        )
+
+
+def _labels(dataset: Dataset) -> Labels:
+    if dataset.labels is None:
+        raise DataError(
+            f"{dataset.name}: has no labels; attacks lead away from the true classes. Give a folder with one "
+            "sub-folder per class, or an .npz file with y_test."
+        )
+    return dataset.labels
+
+
+def _images(dataset: Dataset, calibration: Calibration, settings: Settings, *, same: bool) -> Labels:
+    """Indices of the images to evaluate, in the order they are attacked."""
+    fold = np.arange(len(dataset))
+    if same:
+        fold = data.folds(len(dataset), calibration.seed)["report"]
+    return np.random.default_rng([settings.seed, 2]).permutation(fold)[: settings.images]
+
+
+def _measured(target: Target, images: Floats, score: ScoreName, measurement: Measurement) -> Arrays:
+    """The fields kept for a report, from the Jacobian's guard where there is one."""
+    if "jacobian" in target.guards and score != "jacobian":
+        measurement = target.guards["jacobian"].measure(images)
+    elif score not in ("jacobian", "combined", "jacobian-full") and isinstance(target.model, Detector):
+        measurement = target.model.measure(images)
+    return {name: getattr(measurement, name) for name in MEASURED}
+
+
+def _split(rows: Labels) -> list[Labels]:
+    return [rows[at : at + PIECE] for at in range(0, len(rows), PIECE)]
+
+
+def _keywords(run: object) -> dict[str, Any]:
+    """The plain settings that an attack's function is bound to."""
+    if not isinstance(run, partial):
+        return {}
+    return {
+        name: value for name, value in run.keywords.items() if isinstance(value, bool | int | float | str)
+    }
+
+
+def _save(path: Path, arrays: Arrays) -> None:
+    with atomic_open(path) as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def hardware(model: object, threads: int) -> str:
+    """What the run was computed on, in a few words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = threads or usable
+    cuda = " with CUDA" if getattr(model, "provider", "cpu") == "cuda" else ""
+    return f"{cores} {'thread' if cores == 1 else 'threads'} of {name}{cuda}"

@@ -1,0 +1,187 @@
+"""All attacks there are, and which of them a request means: by name, or by group."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal
+
+from guard.attacks import Norm
+from guard.bundle import ScoreName
+from guard.errors import UsageError
+from guard.evaluation.attack import Attack
+from guard.evaluation.target import Classifier
+
+MODULES = ("gradient", "adaptive", "libraries", "unseen", "controls", "over_http")
+"""Modules of attacks, each with `ATTACKS`; `adaptive` has `OVER_REJECTION` and `transfer_attacks` besides."""
+
+DEFAULT = (
+    "noise",
+    "fgsm",
+    "pgd",
+    "apgd-margin",
+    "fmn",
+    "high-confidence",
+    "joint-pgd",
+    "transfer",
+    "transfer-accepted",
+    "denial",
+)
+"""The default suite, in both norms: all that the headline needs, strong for its cost, without packages."""
+
+Group = Literal[
+    "default",
+    "gradient",
+    "minimum-norm",
+    "decision",
+    "adaptive",
+    "unseen",
+    "controls",
+    "autoattack",
+    "all",
+]
+
+GROUPS: dict[Group, str] = {
+    "default": "noise, FGSM, PGD, APGD, FMN, joint PGD, high confidence, denial",
+    "gradient": "the strongest image within a budget, by gradients",
+    "minimum-norm": "the nearest wrong image, by gradients",
+    "decision": "black box: by queries of labels or scores",
+    "adaptive": "attacks that know the detector, or an undefended twin",
+    "unseen": "changes that are no small norm: flow, colours, compression",
+    "controls": "noise and corruptions that know nothing of the model",
+    "autoattack": "AutoAttack's standard suite",
+    "all": "everything that is installed",
+}
+
+QUICK = ("pgd-l2", "pgd-linf", "joint-pgd-l2", "cw-quick-l2")
+QUICK_BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.5,), "linf": (2 / 255,)}
+
+
+def known(twin: Classifier | None = None) -> tuple[Attack, ...]:
+    """Every attack on accuracy, cheap ones first; those of transfer only with a `twin` to make them on."""
+    found = [attack for module in _modules() for attack in getattr(module, "ATTACKS", ())]
+    if twin is not None:
+        for module in _modules():
+            if hasattr(module, "transfer_attacks"):
+                found += module.transfer_attacks(twin)
+    return tuple(sorted(found, key=lambda attack: attack.passes))
+
+
+def over_rejection() -> tuple[Attack, ...]:
+    """The attacks that make clean images rejected: success is a rejection."""
+    return tuple(attack for module in _modules() for attack in getattr(module, "OVER_REJECTION", ()))
+
+
+def _modules() -> list[object]:
+    paths = [f"guard.evaluation.{name}" for name in MODULES]
+    return [import_module(path) for path in paths if find_spec(path)]
+
+
+def belongs(attack: Attack, group: Group) -> bool:
+    """Whether the attack is one of the group's."""
+    queries = attack.knowledge in ("scores", "decisions")
+    adaptive = attack.aware is not None or attack.knowledge == "another network"
+    plain = attack.knowledge == "gradients" and attack.norm is not None and not adaptive
+    match group:
+        case "default":
+            return common_name(attack).rpartition("-")[0] in DEFAULT
+        case "gradient":
+            return plain and attack.budgets is not None and not _whole_autoattack(attack)
+        case "minimum-norm":
+            return plain and attack.budgets is None
+        case "decision":
+            return queries
+        case "adaptive":
+            return adaptive
+        case "unseen":
+            return attack.norm is None and attack.knowledge != "nothing"
+        case "controls":
+            return attack.knowledge == "nothing"
+        case "autoattack":
+            return _whole_autoattack(attack)
+        case "all":
+            return True
+
+
+def _whole_autoattack(attack: Attack) -> bool:
+    return attack.name in ("autoattack-l2", "autoattack-linf")
+
+
+def common_name(attack: Attack) -> str:
+    """The attack's name without the score it knows: `joint-pgd-l2` of `joint-pgd-radius-l2`."""
+    return attack.name if attack.aware is None else attack.name.replace(f"-{attack.aware}", "")
+
+
+def choose(
+    words: Sequence[str],
+    scores: Sequence[ScoreName],
+    attacks: Sequence[Attack],
+) -> tuple[list[Attack], list[str]]:
+    """The attacks that names and groups mean, in the order of `attacks`, and what is left out of the groups
+    for want of a package.
+
+    An attack that knows the detector is taken for the `scores` at hand alone; its name may leave the score
+    out. Raises `UsageError` for a name that nothing has, naming those near it, for an attack asked for by
+    name whose package is not installed, and where nothing is left.
+    """
+    usable = [attack for attack in attacks if attack.aware is None or attack.aware in scores]
+    taken: set[str] = set()
+    left_out: dict[str, str] = {}
+    for word in words:
+        if word in GROUPS:
+            members = [attack for attack in usable if belongs(attack, word)]
+            for attack in members:
+                if installed(attack):
+                    taken.add(attack.name)
+                else:
+                    left_out[attack.name] = f"{attack.name} (needs {attack.needs})"
+            continue
+        members = [attack for attack in usable if word in (attack.name, common_name(attack))]
+        if not members:
+            raise UsageError(_unknown(word, attacks, scores))
+        for attack in members:
+            if not installed(attack):
+                raise UsageError(
+                    f"the attack {word} needs {attack.needs}, which is not installed. In guard's folder, "
+                    "run: pip install -e '.[attacks]'"
+                )
+        taken |= {attack.name for attack in members}
+    chosen = [attack for attack in usable if attack.name in taken]
+    if not chosen:
+        raise UsageError(
+            f"no attack of {', '.join(words)} can be run: {', '.join(left_out.values()) or 'none'}."
+        )
+    return chosen, list(left_out.values())
+
+
+def quick(scores: Sequence[ScoreName], attacks: Sequence[Attack]) -> list[Attack]:
+    """The suite of `--quick`: PGD-20, joint PGD and a shortened Carlini-Wagner."""
+    usable = [attack for attack in attacks if attack.aware is None or attack.aware in scores]
+    return [attack for attack in usable if common_name(attack) in QUICK]
+
+
+def with_budgets(attack: Attack, budgets: Mapping[Norm, tuple[float, ...]]) -> Attack:
+    """The attack at other budgets than its own, where it has budgets in a norm that is named."""
+    if attack.budgets is None or attack.norm is None or attack.norm not in budgets:
+        return attack
+    return replace(attack, budgets=budgets[attack.norm])
+
+
+def installed(attack: Attack) -> bool:
+    """Whether what the attack needs can be imported."""
+    return attack.needs is None or find_spec(attack.needs) is not None
+
+
+def _unknown(word: str, attacks: Sequence[Attack], scores: Sequence[ScoreName]) -> str:
+    if "/" in word or word in (".", ".."):
+        return f"{word!r} is no attack. A bundle stands before: guard evaluate {word} --attacks ..."
+    other = {attack.aware for attack in attacks if word in (attack.name, common_name(attack))}
+    if other:
+        return (
+            f"the attack {word} knows the score {other.pop()}: add it to --scores (now {', '.join(scores)})."
+        )
+    names = sorted({name for attack in attacks for name in (attack.name, common_name(attack))} | set(GROUPS))
+    near = difflib.get_close_matches(word, names, n=4, cutoff=0.4)
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    return f"{word!r} is no attack.{hint} All of them: guard evaluate --attacks list"

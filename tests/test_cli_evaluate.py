@@ -1,0 +1,192 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard.bundle import Share
+from guard.cli import main
+from guard.cli.evaluate import summary
+from guard.evaluation import suite
+from guard.evaluation.results import Check, Detection, RadiusAudit, Results, Standing, load
+from guard.evaluation.suite import common_name
+from tests.serving import write_bundle
+from tests.test_evaluation_run import colours
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("cli_evaluate") / "colours")
+
+
+@pytest.fixture(autouse=True)
+def _data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset = colours(40)
+    assert dataset.labels is not None
+    names = np.array(dataset.class_names)
+    np.savez(tmp_path / "colours.npz", x_test=dataset.images, y_test=dataset.labels, class_names=names)
+
+
+def run(*words: object) -> int:
+    return main(["evaluate", *map(str, words)])
+
+
+def test_a_run_from_start_to_end(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = (folder, "--val", "colours.npz", "--provider", "cpu", "--threads", "1", "--out", "out")
+    assert run(*words, "--attacks", "pgd-l2", "pgd-linf", "--budgets", "l2=1.5,1", "linf=51/255") == 0
+    out, err = capsys.readouterr()
+    assert "is not the data that" in err
+    assert "attacks to run: 2, each at its budgets; at most" in err
+    lines = out.splitlines()
+    assert lines[0] == "colours on 40 images of colours"
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "wrote out; next: guard report out"
+    results = load("out")
+    assert [(one.norm, one.budget) for one in results.standing] == [
+        ("l2", 1.0),
+        ("l2", 1.5),
+        ("linf", 0.2),
+    ]
+    attacks = "--attacks pgd-l2 pgd-linf --budgets l2=1.0,1.5 linf=51/255"
+    assert results.command == f"guard evaluate {folder} --val colours.npz {attacks} --out out"
+    assert results.attacks[0].settings["command"] == results.command
+    assert results.provenance["arguments"]["val"] == "colours.npz"
+    assert run(*words, "--attacks", "pgd-l2", "--json") == 0
+    assert Results.model_validate(json.loads(capsys.readouterr().out)).images == 40
+
+
+def test_quick(folder: Path, capsys: Captured) -> None:
+    assert run(folder, "--val", "colours.npz", "--quick", "--threads", "1", "--out", "out") == 0
+    results = load("out")
+    assert results.settings["quick"]
+    assert results.settings["images"] == 100
+    names = {one.name for one in results.attacks}
+    assert {"pgd-l2", "pgd-linf", "joint-pgd-l2"} <= names
+    assert {one.norm for one in results.standing} == {"l2", "linf"}
+    assert len(results.checks) == 9
+    assert "signs of masked gradients: 0 found" in capsys.readouterr().out
+
+
+def test_list_names_every_attack_in_80_columns(capsys: Captured) -> None:
+    assert run("--attacks", "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = {line.split()[1] for line in lines if line.startswith("  ")}
+    assert listed == {one.name for one in (*suite.known(), *suite.over_rejection())}
+    assert run("--attacks", "list", "--json") == 0
+    entries = json.loads(capsys.readouterr().out)["attacks"]
+    assert {entry["name"] for entry in entries} == listed
+    assert all(entry["passes"] >= 1 and entry["groups"] for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "out"], "--val is missing"),
+        (["--val", "colours.npz"], "--out is missing"),
+        (["--val", "colours.npz", "--out", "o", "--quick", "--attacks", "all"], "--quick has a suite of its"),
+        (["--val", "colours.npz", "--out", "o", "--attacks", "pdg-l2"], "'pdg-l2' is no attack. Near it: "),
+        (["--val", "colours.npz", "--out", "o", "--budgets", "l1=3"], "argument --budgets: 'l1' is no norm"),
+        (["--val", "colours.npz", "--out", "o", "--budgets", "l2=0"], "argument --budgets: expected budgets"),
+        (
+            ["--val", "colours.npz", "--out", "o", "--budgets", "linf=2/0"],
+            "argument --budgets: expected budg",
+        ),
+        (
+            ["--val", "colours.npz", "--out", "o", "--images", "5,0"],
+            "argument --images: expected up to three",
+        ),
+        (["--val", "colours.npz", "--out", "o", "--seed", "-1"], "argument --seed: expected a whole number"),
+        (["--val", "colours.npz", "--out", "o", "--scores", "beauty"], "argument --scores: invalid choice"),
+    ],
+)
+def test_wrong_usage(folder: Path, words: list[str], message: str, capsys: Captured) -> None:
+    assert run(folder, *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"guard: error: {message}")
+    assert not Path("o").exists()
+
+
+def test_interruption_says_how_to_go_on(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("guard.evaluation.masking.probe", interrupted)
+    words = (folder, "--val", "colours.npz", "--attacks", "pgd-l2", "--out", "out")
+    assert run(*words) == 130
+    expected = "guard: error: interrupted: what is finished lies in out; the same command goes on from there"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+    assert len(load("out").attacks) == 3
+
+
+def share(count: int, n: int) -> Share:
+    return Share(count=count, n=n, value=count / n, lower=0.001, upper=0.999)
+
+
+def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, "--val", "colours.npz", "--attacks", "pgd-l2", "--out", "out") == 0
+    results = load("out")
+    standing = Standing(
+        score="margin-gradient",
+        norm="linf",
+        budget=8 / 255,
+        standing=share(123, 1000),
+        clean=share(870, 1000),
+        worst="nearest-accepted-margin-gradient-linf",
+        fallen={"nearest-accepted-margin-gradient-linf": 700},
+        complete=share(20, 200),
+    )
+    failed = Check(
+        name="random search finds nothing that PGD does not, linf",
+        verdict="failed",
+        expected="",
+        found="one step breaks 100 of 100 images, 20 break 90 of 100 images",
+    )
+    radius = RadiusAudit(
+        norm="linf",
+        kind="conformal",
+        method="scaled-first-order-and-more",
+        served=True,
+        violations=share(12, 1000),
+        mean_radius=0.1,
+        mean_distance=0.2,
+        tightness=0.5,
+    )
+    attack = results.attacks[0].model_copy(
+        update={
+            "name": "pgd-restarts-margin-linf",
+            "budget": 8 / 255,
+            "detection": {"jacobian": Detection(rejected=share(120, 1000), auroc=0.9)},
+        }
+    )
+    filled = results.model_copy(
+        update={
+            "standing": [standing],
+            "checks": [failed],
+            "radii": [radius],
+            "attacks": [attack],
+            "over_rejection": [attack],
+        }
+    )
+    lines = summary(filled, tmp_path / "r").splitlines()
+    assert max(len(line) for line in lines if "wrote" not in line) <= 80
+    assert "  margin-gradient linf 8/255   12.3% [0.1%, 99.9%], clean 87.0%" in lines
+    assert "    most fall to nearest-accepted-margin-gradient-linf: 700 of 870" in lines
+    assert "    first 200, on which all ran: 10.0% [0.1%, 99.9%]" in lines
+    assert "signs of masked gradients: 1 found, 0 absent, 0 not looked for" in lines
+    assert any("conformal" in line and "1.2% of 1000 (<= 99.9%), 0.50" in line for line in lines)
+    texts = ("right and accepted under every", "rejected by jacobian of what", "signs of masked")
+    assert [next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts] == sorted(
+        next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts
+    )
+
+
+def test_the_default_suite_covers_what_the_headline_needs() -> None:
+    names = {common_name(one) for one in suite.known() if suite.belongs(one, "default")}
+    assert {"pgd-l2", "pgd-linf", "fmn-l2", "fmn-linf", "joint-pgd-l2"} <= names

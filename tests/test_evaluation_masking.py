@@ -1,0 +1,154 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guard.attacks import Floats, Labels
+from guard.evaluation import masking
+from guard.evaluation.results import AttackResult, Check, Finished, share
+from guard.runtime import Detector
+from tests import networks
+
+BUDGETS: Any = {"l2": 0.2, "linf": 0.1}
+SHAPE = (1, 2, 2)
+
+
+def linear_model() -> Detector:
+    """Margin of class 0: twice the mean of the image, less 1."""
+    weight = np.array([[0.25] * 4, [-0.25] * 4], np.float32)
+    return Detector(networks.linear(weight, np.array([-0.5, 0.5], np.float32)), provider="cpu", threads=1)
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+class Masked:
+    """The same decisions, whose gradient says nothing: always zero, or against the slope."""
+
+    def __init__(self, factor: float) -> None:
+        self.model, self.factor = linear_model(), np.float32(factor)
+
+    def logits(self, images: Floats) -> Floats:
+        return self.model.logits(images)
+
+    def loss_gradient(self, images: Floats, labels: Labels, loss: Any) -> tuple[Floats, Floats, Floats]:
+        logits, value, gradient = self.model.loss_gradient(images, labels, loss)
+        return logits, value, self.factor * gradient
+
+
+def images_at(*means: float) -> tuple[Floats, Labels]:
+    images = np.stack([np.full(SHAPE, mean, np.float32) for mean in means])
+    return images, (images.mean(axis=(1, 2, 3)) < 0.5).astype(np.int64)
+
+
+def test_an_open_model_passes_every_check() -> None:
+    images, labels = images_at(0.55, 0.58, 0.45, 0.8, 0.1, 0.95)
+    probed = masking.probe(linear_model(), images, labels, BUDGETS)
+    # Means move by at most 0.1 within either budget.
+    expected = [True, True, True, False, False, False]
+    for norm in ("l2", "linf"):
+        for steps in masking.STEPS:
+            assert probed[f"{norm}-{steps}"].tolist() == expected
+        assert not probed[f"{norm}-random"].any()
+    assert probed["unbounded"].all()
+    checks = masking.checks([], probed, BUDGETS)
+    verdicts = [check.verdict for check in checks]
+    assert verdicts.count("passed") == 7
+    assert verdicts.count("not run") == 2
+
+
+def test_no_gradient_is_found_out() -> None:
+    images, labels = images_at(*np.linspace(0.501, 0.54, 60))
+    probed = masking.probe(Masked(0.0), images, labels, BUDGETS)
+    checks = by_name(masking.checks([], probed, BUDGETS))
+    unbounded = checks["an unbounded attack always succeeds"]
+    assert unbounded.verdict == "failed"
+    assert unbounded.found == f"{int(probed['unbounded'].sum())} of 60 images"
+    random = checks["random search finds nothing that PGD does not, linf"]
+    assert random.verdict == "failed"
+    assert random.numbers["left by PGD"] == 60
+    assert random.numbers["random alone"] >= 30
+
+
+def test_random_search_is_not_run_on_what_pgd_broke() -> None:
+    images, labels = images_at(0.52)
+    probed = masking.probe(linear_model(), images, labels, BUDGETS)
+    assert not probed["l2-random"].any()
+
+
+def probed(**counts: int) -> dict[str, Any]:
+    n = 200
+    names = [f"{norm}-{steps}" for norm in ("l2", "linf") for steps in masking.STEPS]
+    arrays: dict[str, Any] = {name: np.arange(n) < counts.get(name.replace("-", "_"), 100) for name in names}
+    arrays |= {f"{norm}-random": np.zeros(n, bool) for norm in ("l2", "linf")}
+    return arrays | {"unbounded": np.ones(n, bool)}
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0, "passed"), (2, "passed"), (3, "failed")])
+def test_more_steps_may_lose_one_in_a_hundred(lost: int, verdict: str) -> None:
+    checks = by_name(masking.checks([], probed(l2_80=100 - lost), BUDGETS))
+    assert checks["more steps are stronger, l2"].verdict == verdict
+    assert checks["more steps are stronger, linf"].verdict == "passed"
+
+
+def test_one_step_better_than_many() -> None:
+    checks = by_name(masking.checks([], probed(linf_20=90, linf_80=90, linf_5=90), BUDGETS))
+    check = checks["many steps beat one, linf"]
+    assert check.verdict == "failed"
+    assert check.found == "10 of 200 images; one step breaks 100, 20 break 90"
+
+
+def finished(name: str, knowledge: Any, wrong: list[int], reach: float, **changes: Any) -> Finished:
+    rows = np.arange(100)
+    flags = np.isin(rows, wrong)
+    result: dict[str, Any] = {
+        "name": name,
+        "title": name,
+        "norm": "l2",
+        "unit": "",
+        "budget": None,
+        "knowledge": knowledge,
+        "aware": None,
+        "source": "",
+        "n": 100,
+        "success": share(flags),
+        "distance": None,
+        "passes": 1,
+        "seconds": 1,
+        "file": "",
+    }
+    arrays = {"row": rows, "wrong": flags, "l2": np.full(100, reach), "linf": np.full(100, reach)}
+    return Finished(AttackResult(**(result | changes)), arrays)
+
+
+def test_queries_better_than_gradients() -> None:
+    white = finished("pgd-l2", "gradients", [0, 1, 2], 0.2)
+    black = finished("square-l2", "scores", [2, 3, 4], 0.2)
+    name = "gradients beat queries, l2"
+    check = by_name(masking.checks([white, black], probed(), BUDGETS))[name]
+    assert check.verdict == "failed"
+    assert check.found == "2 of 100 images; queries break 3, gradients 3"
+    # Beyond the budget nothing counts, by whatever attack it was found.
+    far = finished("square-l2", "scores", [2, 3, 4], 0.3)
+    assert by_name(masking.checks([white, far], probed(), BUDGETS))[name].verdict == "passed"
+    aware = finished("http-l2", "scores", [2, 3, 4], 0.2, aware="jacobian")
+    assert by_name(masking.checks([white, aware], probed(), BUDGETS))[name].verdict == "not run"
+
+
+def test_passes_are_an_upper_bound() -> None:
+    class Counting(Masked):
+        passes = 0
+
+        def logits(self, images: Floats) -> Floats:
+            self.passes += len(images)
+            return super().logits(images)
+
+        def loss_gradient(self, images: Floats, labels: Labels, loss: Any) -> tuple[Floats, Floats, Floats]:
+            self.passes += 3 * len(images)
+            return super().loss_gradient(images, labels, loss)
+
+    model = Counting(0.0)
+    images, labels = images_at(0.9, 0.99)
+    masking.probe(model, images, labels, BUDGETS)
+    assert model.passes == masking.PASSES * 2

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from guard.errors import DataError
+from guard.evaluation.results import auroc, load, load_arrays, share, summary
+
+
+def test_share_has_an_exact_interval() -> None:
+    found = share(np.array([True, False, False, False]))
+    assert (found.count, found.n, found.value) == (1, 4, 0.25)
+    assert found.lower == pytest.approx(1 - 0.975 ** (1 / 4), abs=1e-6)  # P(at least one) = 0.025
+    assert share(np.zeros(10, bool)).upper == pytest.approx(1 - 0.025 ** (1 / 10), abs=1e-6)
+
+
+def test_summary_is_of_the_finite_values() -> None:
+    values = np.array([3.0, np.inf, 1.0, 2.0, np.nan, 4.0, 5.0])
+    found = summary(values)
+    assert found is not None
+    assert (found.n, found.mean, found.median) == (5, 3.0, 3.0)
+    assert found.standard_error == pytest.approx(np.sqrt(2.5 / 5))
+    assert (found.median_lower, found.median_upper) == (1.0, 5.0)
+    assert summary(np.array([np.inf, 1.0])) is None
+
+
+def test_the_interval_of_the_median_covers_it() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        found = summary(generator.normal(size=100))
+        assert found is not None
+        covered += found.median_lower <= 0 <= found.median_upper
+    assert covered >= 372  # 93%, four deviations below 97%
+
+
+@pytest.mark.parametrize(
+    ("attacked", "clean", "expected"),
+    [
+        ([3.0, 4.0], [1.0, 2.0], 1.0),
+        ([1.0], [2.0, 3.0], 0.0),
+        ([1.0, 2.0], [1.0, 2.0], 0.5),
+        ([2.0], [1.0, 2.0, 3.0, 4.0], 1.5 / 4),
+        ([np.inf, np.nan], [1.0, np.inf], 0.75),
+    ],
+)
+def test_auroc_counts_pairs(attacked: list[float], clean: list[float], expected: float) -> None:
+    assert auroc(np.array(attacked), np.array(clean)) == expected
+
+
+def test_a_folder_without_results_says_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no results.json .*Make it with: guard evaluate"):
+        load(tmp_path)
+    (tmp_path / "results.json").write_text('{"command": 3}')
+    with pytest.raises(DataError, match=r"results.json: command: Input should be a valid string"):
+        load(tmp_path)
+
+
+def test_broken_and_incomplete_arrays_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(DataError, match=r"a.npz: is no .npz file"):
+        load_arrays(path)
+    np.savez(path, row=np.arange(3))
+    with pytest.raises(DataError, match=r"holds no wrong\."):
+        load_arrays(path, ("row", "wrong"))
+    assert load_arrays(path, ("row",))["row"].tolist() == [0, 1, 2]

@@ -1,0 +1,446 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from guard import bundle, data
+from guard.attacks import Floats, Found, Labels, length, pgd
+from guard.bundle import ScoreName
+from guard.calibration import Settings as CalibrationSettings
+from guard.calibration import calibrate, rescored
+from guard.data import Dataset
+from guard.errors import DataError, UsageError
+from guard.evaluation.attack import Attack
+from guard.evaluation.results import ARRAYS, CLEAN, Results, load, load_arrays
+from guard.evaluation.run import Settings, Task, evaluate, tasks_of
+from guard.evaluation.target import Target
+from guard.progress import Progress
+from guard.stages import Stages
+from tests.networks import convolutional
+from tests.serving import GAIN, ROOT, write_bundle
+from tests.test_calibration import QUICK, make_bundle, make_data
+
+# Red over green by so many 255ths of an image whose other channel is black, and whose margin is 12/255 times
+# that. In l2 the boundary lies the margin over 1.5 sqrt 2 away, and behind it a strip of 1.01 in which the
+# detector of `tests.serving` rejects.
+NARROW, NEAR, FAR, FARTHEST = 20, 60, 80, 110
+KINDS = (NARROW, NEAR, FAR, FARTHEST, NEAR)
+WRONG = 4
+
+
+def colours(count: int = 20) -> Dataset:
+    """Images of one colour each, of the five kinds in turn; every fifth has a wrong label."""
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    images[..., 0] = 180
+    for index in range(count):
+        images[index, ..., 1] = 180 - KINDS[index % 5]
+    labels = np.array([1 if index % 5 == WRONG else 0 for index in range(count)], np.int64)
+    return Dataset("colours", images, labels, ("cat", "dog", "ship"), data.digest_of(images, labels))
+
+
+def straight(
+    target: Target, images: Floats, labels: Labels, budget: float | None, seed: int, *, moved: float = 0.0
+) -> Found:
+    """Goes straight from red to green as far as the budget, or `moved`, and claims success."""
+    shift = np.zeros_like(images)
+    shift[:, 0], shift[:, 1] = -1, 1
+    attacked = images + shift * np.float32((moved or budget or 0.0) / np.sqrt(128))
+    return Found(attacked, np.ones(len(images), np.bool_), length(attacked - images, "l2"))
+
+
+def attack(run: Any = straight, **changes: Any) -> Attack:
+    fields: dict[str, Any] = {
+        "name": "straight-l2",
+        "title": "Straight",
+        "run": run,
+        "norm": "l2",
+        "knowledge": "gradients",
+        "passes": 10,
+        "source": "closed form",
+        "budgets": (2.0, 2.5, 3.0),
+    }
+    return Attack(**(fields | changes))
+
+
+BUDGETS: Any = {"l2": (2.0, 2.5, 3.0)}
+SETTINGS = Settings(budgets=BUDGETS, quick=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dataset = colours()
+    known = {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)}
+    return write_bundle(tmp_path_factory.mktemp("evaluated") / "colours", data=known)
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated on other data: all images are evaluated."""
+    return write_bundle(tmp_path_factory.mktemp("evaluated") / "other")
+
+
+def evaluated(folder: Path, out: Path, *attacks: Attack, **changes: Any) -> Results:
+    settings = replace(SETTINGS, **changes)
+    return evaluate(
+        folder, colours(), out, tasks_of(attacks), settings, provider="cpu", threads=1, silent=True
+    )
+
+
+def test_the_headline_is_what_the_closed_form_says(other_folder: Path, tmp_path: Path) -> None:
+    results = evaluated(other_folder, tmp_path / "out", attack())
+    assert (results.images, results.accuracy.count) == (20, 16)
+    assert results.rejected["jacobian"].count == 4
+    standing = {one.budget: one for one in results.standing}
+    assert [standing[budget].standing.count for budget in (2.0, 2.5, 3.0)] == [12, 8, 4]
+    assert {one.clean.count for one in results.standing} == {12}
+    assert standing[3.0].fallen == {"straight-l2": 8}
+    assert standing[3.0].worst == "straight-l2"
+    assert standing[2.0].worst is None
+    assert standing[2.0].complete is None
+    # The detector sees what has just crossed the boundary, and nothing of what is deep.
+    by_budget = {one.budget: one for one in results.attacks}
+    assert [by_budget[budget].success.count for budget in (2.0, 2.5, 3.0)] == [12, 16, 16]
+    assert by_budget[2.0].detection["jacobian"].rejected.value == 8 / 12
+    assert by_budget[3.0].n == 16
+    assert by_budget[3.0].distance is None
+
+
+def test_files_hold_what_they_should(other_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = evaluated(other_folder, out, attack())
+    assert load(out) == results
+    clean = load_arrays(out / "clean.npz", CLEAN)
+    assert sorted(clean["index"]) == list(range(20))
+    assert clean["accepted_jacobian"].sum() == 16
+    assert clean["image"].shape == (12, 3, 8, 8)
+    # The omega of this bundle is 0: the radius is the distance to the boundary, but ends with the table.
+    margin = GAIN / 255 * np.array([KINDS[index % 5] for index in clean["index"]])
+    assert np.allclose(clean["radius_l2"], np.minimum(margin / (1.5 * np.sqrt(2)), 2), rtol=1e-4)
+    for one in results.attacks:
+        arrays = load_arrays(out / one.file, (*ARRAYS, "accepted_jacobian", "ratio_jacobian"))
+        assert arrays["logits"].shape == (16, 3)
+        assert (arrays["image"].shape[0] == (arrays["row"] < 12).sum()) > 0
+        assert one.budget is not None
+        assert np.allclose(arrays["l2"], one.budget, rtol=1e-5)
+        assert np.allclose(arrays["linf"], one.budget / np.sqrt(128), rtol=1e-5)
+        assert (np.isfinite(arrays["jacobian"]) == arrays["success"]).all() or one.budget == 2.0
+        assert (clean["label"][arrays["row"]] == clean["logits"][arrays["row"]].argmax(axis=1)).all()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_attacks_word_is_not_taken(other_folder: Path, tmp_path: Path) -> None:
+    def still(target: Target, images: Floats, *_: Any) -> Found:
+        return Found(images, np.ones(len(images), np.bool_), np.zeros(len(images)))
+
+    too_far = attack(partial(straight, moved=3.0), name="too-far-l2", budgets=(2.5,))
+    results = evaluated(other_folder, tmp_path / "out", attack(still, name="still-l2"), too_far)
+    by_name = {one.name: one for one in results.attacks}
+    assert by_name["still-l2"].success.count == 0
+    assert by_name["still-l2"].settings["unconfirmed"] == 16
+    assert by_name["too-far-l2"].success.count == 0
+    # What it found beyond its budget counts where that budget is given.
+    standing = {one.budget: one.standing.count for one in results.standing}
+    assert standing == {2.0: 12, 2.5: 12, 3.0: 4}
+
+
+def test_images_outside_the_range_are_brought_back(other_folder: Path, tmp_path: Path) -> None:
+    results = evaluated(other_folder, tmp_path / "out", attack(partial(straight, moved=100.0), budgets=None))
+    arrays = load_arrays(tmp_path / "out" / results.attacks[0].file)
+    assert arrays["image"].min() >= 0
+    assert arrays["image"].max() <= 1
+    assert results.attacks[0].distance is not None
+
+
+def test_failures_are_judged_too(other_folder: Path, tmp_path: Path) -> None:
+    def modest(*given: Any) -> Found:
+        return replace(straight(*given), success=np.zeros(len(given[1]), np.bool_))
+
+    results = evaluated(other_folder, tmp_path / "out", attack(modest))
+    assert [one.success.count for one in results.attacks] == [0, 0, 0]
+    assert [one.standing.count for one in results.standing] == [12, 8, 4]
+
+
+def test_aware_attacks_get_what_is_accepted_and_dear_ones_what_is_left(
+    other_folder: Path, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def counting(target: Target, images: Floats, *rest: Any) -> Found:
+        seen.append(len(images))
+        return straight(target, images, *rest)
+
+    dear = attack(counting, name="dear-l2", aware="jacobian", passes=2000, budgets=(3.0,))
+    cheap = attack(counting, name="cheap-l2", aware="jacobian", passes=20, budgets=(3.0,))
+    results = evaluated(other_folder, tmp_path / "out", dear, attack(budgets=(2.5,)), cheap)
+    by_name = {one.name: one for one in results.attacks}
+    assert (by_name["cheap-l2"].n, by_name["cheap-l2"].success.count) == (12, 8)
+    assert (by_name["dear-l2"].n, by_name["dear-l2"].success.count) == (4, 0)
+    assert by_name["dear-l2"].settings["skipped"] == 8
+    assert sum(seen) == 16
+    assert results.standing[-1].standing.count == 4
+
+
+def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Path, tmp_path: Path) -> None:
+    # Every accepted image meets the strip on its way, one at a distance of its own.
+    denial = attack(name="denial-l2", aware="jacobian", budgets=(2.0,))
+    results = evaluate(
+        other_folder,
+        colours(),
+        tmp_path / "out",
+        tasks_of([], [denial]),
+        SETTINGS,
+        provider="cpu",
+        threads=1,
+        silent=True,
+    )
+    (found,) = results.over_rejection
+    assert (found.n, found.success.count) == (12, 12)
+    assert results.attacks == []
+    assert results.standing == []
+
+
+def test_there_is_no_headline_where_nothing_aimed(other_folder: Path, tmp_path: Path) -> None:
+    out, budgets = tmp_path / "out", {"l2": (2.0, 3.0), "linf": (0.1,)}
+    noise = attack(name="noise-linf", norm="linf", knowledge="nothing", budgets=(0.1,))
+    results = evaluated(other_folder, out, attack(budgets=(3.0,)), noise, budgets=budgets)
+    assert [(one.norm, one.budget) for one in results.standing] == [("l2", 3.0)]
+    results = evaluated(other_folder, out, attack(name="near-l2", budgets=None), budgets=budgets)
+    assert [(one.norm, one.budget) for one in results.standing] == [("l2", 2.0), ("l2", 3.0)]
+
+
+def test_dear_attacks_and_queries_get_fewer_images(other_folder: Path, tmp_path: Path) -> None:
+    dear = attack(name="dear-l2", passes=5000, budgets=(3.0,))
+    query = attack(name="query-l2", knowledge="decisions", budgets=(3.0,))
+    results = evaluated(
+        other_folder, tmp_path / "out", dear, query, images=18, dear_images=10, query_images=5
+    )
+    clean = load_arrays(tmp_path / "out" / "clean.npz")
+    right = clean["logits"].argmax(axis=1) == clean["label"]
+    assert results.images == 18
+    assert {one.name: one.n for one in results.attacks} == {
+        "dear-l2": int(right[:10].sum()),
+        "query-l2": int(right[:5].sum()),
+    }
+    for one in results.standing:
+        assert one.standing.n == 18
+        assert (one.complete is None) == (one.budget < 3)
+        assert one.complete is None or one.complete.n == 5
+
+
+def test_the_report_fold_of_the_calibrations_data(folder: Path, other_folder: Path, tmp_path: Path) -> None:
+    results = evaluated(folder, tmp_path / "out", attack())
+    index = load_arrays(tmp_path / "out" / "clean.npz")["index"]
+    assert sorted(index) == data.folds(20, 0)["report"].tolist()
+    assert results.data["fold"] == "report"
+    again = evaluated(folder, tmp_path / "again", attack(), images=4)
+    assert load_arrays(tmp_path / "again" / "clean.npz")["index"].tolist() == index[:4].tolist()
+    assert again.images == 4
+    shuffled = evaluated(folder, tmp_path / "seed", attack(), seed=1)
+    assert load_arrays(tmp_path / "seed" / "clean.npz")["index"].tolist() != index.tolist()
+    assert shuffled.images == len(index)
+
+
+def test_other_data_are_warned_of(
+    other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = evaluated(other_folder, tmp_path / "out", attack())
+    assert results.data["fold"] == "all"
+    assert "is not the data that" in caplog.text
+    with pytest.raises(UsageError, match="other scores cannot be calibrated"):
+        evaluated(other_folder, tmp_path / "two", attack(), scores=("radius",))
+
+
+def test_training_images_are_refused(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "net")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["provenance"] = {"training": {"data": {"digest": colours().digest}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"these are the images that .* was trained on"):
+        evaluated(folder, tmp_path / "out", attack())
+
+
+def test_images_without_labels_or_of_another_size_are_refused(other_folder: Path, tmp_path: Path) -> None:
+    bare = replace(colours(), labels=None)
+    with pytest.raises(DataError, match="has no labels"):
+        evaluate(other_folder, bare, tmp_path / "out", [], SETTINGS, provider="cpu", silent=True)
+    small = replace(colours(), images=colours().images[:, :4])
+    with pytest.raises(DataError, match="images are 3 x 4 x 8, the model"):
+        evaluate(other_folder, small, tmp_path / "out", [], SETTINGS, provider="cpu", silent=True)
+
+
+def test_attacks_added_later_leave_finished_ones_alone(other_folder: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def counting(target: Target, images: Floats, *rest: Any) -> Found:
+        seen.append(len(images))
+        return straight(target, images, *rest)
+
+    out = tmp_path / "out"
+    first = evaluated(other_folder, out, attack(counting))
+    count = len(seen)
+    second = evaluated(other_folder, out, attack(counting), attack(name="later-l2"))
+    assert len(seen) == count
+    assert second.attacks[:3] == first.attacks
+    assert [one.name for one in second.attacks[3:]] == ["later-l2"] * 3
+    third = evaluated(other_folder, out)
+    assert third.attacks == second.attacks
+    assert third.standing == second.standing
+
+
+def test_other_settings_are_refused(other_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluated(other_folder, out, attack())
+    with pytest.raises(UsageError, match=r"holds an evaluation with other seed: 0, now 1. Choose another"):
+        evaluated(other_folder, out, attack(), seed=1)
+    with pytest.raises(UsageError, match="with other images: 20, now 7"):
+        evaluated(other_folder, out, attack(), images=7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(UsageError, match="holds files but no evaluation"):
+        evaluated(other_folder, tmp_path / "mine", attack())
+
+
+def test_attacks_made_on_another_network_keep_to_it(other_folder: Path, tmp_path: Path) -> None:
+    tasks = tasks_of([attack(name="transfer-l2", knowledge="another network")])
+    given = (other_folder, colours(), tmp_path / "out", tasks, SETTINGS)
+    results = evaluate(*given, provider="cpu", threads=1, twin="sha256:1", silent=True)
+    assert {one.settings["twin"] for one in results.attacks} == {"sha256:1"}
+    with pytest.raises(UsageError, match="holds attacks made on another twin: sha256:1, now sha256:2"):
+        evaluate(*given, provider="cpu", threads=1, twin="sha256:2", silent=True)
+
+
+def slow(folder: Path, out: Path) -> None:
+    """Evaluates with an attack that takes a while: for a process that is killed meanwhile."""
+
+    def run(*given: Any) -> Found:
+        time.sleep(0.1)
+        return straight(*given)
+
+    evaluated(folder, out, attack(), attack(run, name="dear-l2", passes=10**5, budgets=(3.0,)))
+
+
+def test_a_killed_run_goes_on_where_it_was(other_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from tests.test_evaluation_run import slow; "
+        "slow(*map(Path, sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(other_folder), str(out)], cwd=ROOT)
+    while len(list(tmp_path.glob(".out.evaluating-*/dear-l2-*.npz"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [one.name for one in load(out).attacks] == ["straight-l2"] * 3
+    finished = len(list(tmp_path.glob(".out.evaluating-*/dear-l2-*.npz")))
+    assert finished < 4
+
+    seen: list[int] = []
+
+    def counting(target: Target, images: Floats, *rest: Any) -> Found:
+        seen.append(len(images))
+        return straight(target, images, *rest)
+
+    dear = attack(counting, name="dear-l2", passes=10**5, budgets=(3.0,))
+    resumed = evaluated(other_folder, out, attack(counting), dear)
+    assert seen == [4] * (4 - finished)
+    whole = evaluated(other_folder, tmp_path / "whole", attack(), dear)
+    for one, other in zip(resumed.attacks, whole.attacks, strict=True):
+        assert one.model_dump(exclude={"seconds"}) == other.model_dump(exclude={"seconds"})
+        first, second = load_arrays(out / one.file), load_arrays(tmp_path / "whole" / other.file)
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
+    assert resumed.standing == whole.standing
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_interrupted_piece_is_lost_alone(other_folder: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def interrupted(*given: Any) -> Found:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return straight(*given)
+
+    dear = partial(attack, interrupted, name="dear-l2", passes=10**5, budgets=(3.0,))
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(other_folder, tmp_path / "out", dear())
+    results = evaluated(other_folder, tmp_path / "out", dear())
+    assert len(calls) == 3 + 2
+    assert results.attacks[0].n == 16
+
+
+# --- several scores
+
+
+@pytest.fixture(scope="module")
+def network() -> onnx.ModelProto:
+    return convolutional(classes=5, scale=20.0)
+
+
+@pytest.fixture(scope="module")
+def noise(network: onnx.ModelProto) -> Dataset:
+    return make_data(network, 400)
+
+
+@pytest.fixture(scope="module")
+def calibrated(network: onnx.ModelProto, noise: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_bundle(tmp_path_factory.mktemp("calibrated") / "net", network)
+    calibrate(folder, noise, effort=QUICK, provider="cpu", silent=True)
+    return folder
+
+
+def test_another_score_is_calibrated_as_if_it_were_served(
+    calibrated: Path, network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    score: ScoreName = "combined"
+    found = bundle.load(calibrated)
+    with Stages(tmp_path / "x", {}, Progress(0, "", silent=True)) as stages:
+        made = rescored(found, noise, score, stages, provider="cpu")
+    served = calibrate(
+        make_bundle(tmp_path / "net", network),
+        noise,
+        CalibrationSettings(score=score),
+        QUICK,
+        provider="cpu",
+        silent=True,
+    )
+    names = ("score", "threshold", "tests", "n", "fpr", "predicted_fpr", "realized_fpr", "histogram")
+    for name in (*names, "row_bound", "data", "folds"):
+        assert getattr(made, name) == getattr(served, name), name
+    old = found.calibrated()
+    assert (made.l2, made.linf) == (old.l2, old.linf)
+
+
+def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset, tmp_path: Path) -> None:
+    def ascent(target: Target, images: Floats, labels: Labels, budget: Any, seed: int) -> Found:
+        return pgd(target.model, images, labels, budget, norm="linf", clip=True, seed=seed)
+
+    settings = Settings(scores=("radius", "combined"), budgets={"linf": (0.2,)}, images=60, quick=True)
+    tasks = [Task(attack(ascent, name="ascent-linf", norm="linf"), 0.2)]
+    results = evaluate(
+        calibrated, noise, tmp_path / "out", tasks, settings, provider="cpu", threads=1, silent=True
+    )
+    assert results.scores == ["jacobian", "radius", "combined"]
+    assert results.served == "jacobian"
+    assert set(results.rejected) == set(results.scores)
+    assert [one.score for one in results.standing] == results.scores
+    assert set(results.attacks[0].detection) == set(results.scores)
+    kept = sorted(path.name for path in (tmp_path / "out" / "scores").iterdir())
+    assert kept == ["combined.json", "radius.json"]
+    arrays = load_arrays(tmp_path / "out" / results.attacks[0].file)
+    for score in results.scores:
+        wrong = arrays["wrong"]
+        assert (arrays[f"accepted_{score}"][wrong] == (arrays[f"ratio_{score}"][wrong] <= 1)).all()
+    assert results.bundle["thresholds"].keys() == set(results.scores)
+    assert {check.verdict for check in results.checks} <= {"passed", "not run"}
