@@ -1,5 +1,6 @@
 """Black-box attacks on the application itself, in process, and on answers of our own."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,14 @@ class Counting:
         return self.query(uploads)
 
 
-def test_answers_in_process_are_the_decisions(guard: Guard) -> None:
+def test_answers_in_process_are_the_decisions(guard: Guard, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "guard")
     uploads = np.random.default_rng(0).integers(0, 256, (40, *SHAPE)).astype(np.uint8)
     decisions = guard.classify(uploads.astype(np.float32) / np.float32(255))
     with over_http.in_process(guard) as query:
         answers = query(list(uploads))
         assert query([]) == []
+    assert not [record for record in caplog.records if record.name == "guard.http"]
     for decision, answer in zip(decisions, answers, strict=True):
         assert answer["label"] == decision.label
         assert answer["accepted"] == decision.accepted

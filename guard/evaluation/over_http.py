@@ -11,6 +11,7 @@ Uploads have the size of the model's input; a bundle that resizes uploads is att
 
 import asyncio
 import io
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def http_query(client: "Callable[[], httpx.AsyncClient]") -> Query:
 
 @contextmanager
 def in_process(guard: Guard) -> Iterator[Query]:
-    """The application around this guard, asked without a network."""
+    """The application around this guard, asked without a network; its log of requests is silent meanwhile."""
     import httpx
 
     from guard.http import Edge
@@ -115,9 +116,13 @@ def in_process(guard: Guard) -> Iterator[Query]:
     def client() -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://guard")
 
+    log = logging.getLogger("guard.http")
+    level = log.level
+    log.setLevel(logging.WARNING)
     try:
         yield http_query(client)
     finally:
+        log.setLevel(level)
         worker.close()
 
 
