@@ -15,8 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +25,11 @@ from guard import data
 from guard.attacks import Floats, Found, Labels, Norm, length
 from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import rescored
+from guard.certificate import OmegaTable
 from guard.data import Dataset
 from guard.decision import Guard
 from guard.errors import BundleError, DataError, UsageError
-from guard.evaluation import masking
+from guard.evaluation import audit, masking
 from guard.evaluation.attack import Attack
 from guard.evaluation.results import (
     ARRAYS,
@@ -80,6 +79,9 @@ SPARING = 1000
 
 PIECE_PASSES = 100_000
 """Passes in a piece, about: a crash loses no more."""
+
+RANDOM_OMEGA = 500
+"""Images of the radii fold that the ablation of omega by random perturbations is fitted to."""
 
 PROBED, PROBED_QUICK = 100, 32
 """Images that the masking checks' own attacks are run on."""
@@ -564,8 +566,7 @@ class _Run:
 
     def _last_passes(self) -> int:
         probed = PROBED_QUICK if self.settings.quick else PROBED
-        radii = len(NORMS) * self._radii_passes() * len(self.index) if find_spec(_AUDIT) else 0
-        return probed * masking.PASSES + radii
+        return probed * masking.PASSES + len(NORMS) * self._radii_passes() * len(self.index)
 
     def _radii_passes(self) -> int:
         return _NEAREST if self.settings.quick else _NEAREST + _INSIDE
@@ -593,17 +594,14 @@ class _Run:
 
     def _audit(self, progress: Progress) -> None:
         """Radii against every attack of the run, and against attacks started inside them."""
-        if not find_spec(_AUDIT):
-            return
-        audit = import_module(_AUDIT)
         guard = self.target.guards[self.calibration.score]
         rows = np.arange(len(self.index))
         nearest = {norm: self._nearest(norm) for norm in NORMS}
-        random: dict[Norm, Any] = {}
+        random: dict[Norm, OmegaTable] = {}
         for norm in NORMS:
-            nearest[norm] = np.minimum(nearest[norm], self._aimed(audit, norm, progress))
+            nearest[norm] = np.minimum(nearest[norm], self._aimed(norm, progress))
             if self.same_data and not self.settings.quick:
-                random[norm] = self._random_omega(audit, norm)
+                random[norm] = self._random_omega(norm)
         parts = [guard.measure(self._pixels(part)) for part in _split(rows)]
         measured = Measurement.concatenate(parts)
         self.radii = audit.radii(self.target, self.found, measured, nearest, random=random or None)
@@ -616,7 +614,7 @@ class _Run:
             np.minimum.at(nearest, one.arrays["row"], reach)
         return nearest
 
-    def _aimed(self, audit: Any, norm: Norm, progress: Progress) -> Values:
+    def _aimed(self, norm: Norm, progress: Progress) -> Values:
         """Nearest of the attacks aimed at radii; with `quick` without those that start inside them."""
         restarts = 0 if self.settings.quick else 2
         guard = self.target.guards[self.calibration.score]
@@ -640,9 +638,10 @@ class _Run:
                 _save(path, kept)
         return np.asarray(kept["distance"], np.float64)
 
-    def _random_omega(self, audit: Any, norm: Norm) -> Any:
+    def _random_omega(self, norm: Norm) -> OmegaTable:
         fold = data.folds(len(self.dataset), self.calibration.seed)["radii"]
-        images = data.to_floats(self.dataset.images[fold])
+        some = np.random.default_rng([self.settings.seed, 3]).permutation(fold)[:RANDOM_OMEGA]
+        images = data.to_floats(self.dataset.images[some])
         return audit.random_omega(self.target.model, images, norm, seed=self.settings.seed)
 
     # --- the record
@@ -718,9 +717,6 @@ class _Run:
             total,
             duration(each * total),
         )
-
-
-_AUDIT = "guard.evaluation.audit"
 
 
 def _check(dataset: Dataset, found: Bundle) -> None:

@@ -3,18 +3,18 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.errors import UsageError
+from guard.evaluation import adaptive, controls, gradient, libraries, over_http, unseen
 from guard.evaluation.attack import Attack
 from guard.evaluation.target import Classifier
 
-MODULES = ("gradient", "adaptive", "libraries", "unseen", "controls", "over_http")
-"""Modules of attacks, each with `ATTACKS`; `adaptive` has `OVER_REJECTION` and `transfer_attacks` besides."""
+MODULES = (gradient, adaptive, libraries, unseen, controls, over_http)
+"""Modules of attacks, each with `ATTACKS`."""
 
 DEFAULT = (
     "noise",
@@ -60,22 +60,15 @@ QUICK_BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.5,), "linf": (2 / 255,)
 
 def known(twin: Classifier | None = None) -> tuple[Attack, ...]:
     """Every attack on accuracy, cheap ones first; those of transfer only with a `twin` to make them on."""
-    found = [attack for module in _modules() for attack in getattr(module, "ATTACKS", ())]
+    found = [attack for module in MODULES for attack in module.ATTACKS]
     if twin is not None:
-        for module in _modules():
-            if hasattr(module, "transfer_attacks"):
-                found += module.transfer_attacks(twin)
+        found += adaptive.transfer_attacks(twin)
     return tuple(sorted(found, key=lambda attack: attack.passes))
 
 
 def over_rejection() -> tuple[Attack, ...]:
     """The attacks that make clean images rejected: success is a rejection."""
-    return tuple(attack for module in _modules() for attack in getattr(module, "OVER_REJECTION", ()))
-
-
-def _modules() -> list[object]:
-    paths = [f"guard.evaluation.{name}" for name in MODULES]
-    return [import_module(path) for path in paths if find_spec(path)]
+    return adaptive.OVER_REJECTION
 
 
 def belongs(attack: Attack, group: Group) -> bool:
