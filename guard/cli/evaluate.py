@@ -315,13 +315,17 @@ def summary(results: "Results", out: Path) -> str:
     if results.radii:
         lines += ["", "radii that some attack broke (and their share of the nearest attack's distance):"]
         lines += [
-            f"  {one.norm:4s} {one.kind} {one.method}"[:42].ljust(42)
+            f"  {one.norm:4s} {one.kind} {one.method}{_alpha(one.alpha)}"[:42].ljust(42)
             + f" {one.violations.value:5.1%} of {one.violations.n} (<= {one.violations.upper:.1%}), "
             f"{one.tightness:.2f}"
             for one in results.radii
             if one.served
         ]
     return "\n".join([*lines, "", f"wrote {out}; next: guard report {out}"])
+
+
+def _alpha(alpha: float | None) -> str:
+    return "" if alpha is None else f", {alpha:.0%}"
 
 
 def _standing_lines(standing: "Standing") -> list[str]:
