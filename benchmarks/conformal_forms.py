@@ -1,7 +1,7 @@
 """Which form of conformal radius reaches furthest? Several, on training images that the model never saw.
 
     python benchmarks/conformal_forms.py models/cifar10 --dataset cifar10 --held-out 1000 --images 600 \
-        --cache /tmp/forms --out benchmarks/results/conformal_forms
+        --cache runs/forms --out benchmarks/results/conformal_forms
 
 Distances are those of `guard.attacks.nearest`, 20 steps, on accepted images, and for comparison of
 `minimum_norm` alone, which follows the leading class. Each form is calibrated on two thirds of the images and

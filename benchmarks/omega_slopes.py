@@ -1,6 +1,6 @@
 """Omega against the gradient's slope and against one that knows the third class, cross-fitted.
 
-    python benchmarks/omega_slopes.py models/cifar10 --images 300 --norms l2 --cache /tmp/slopes \
+    python benchmarks/omega_slopes.py models/cifar10 --images 300 --norms l2 --cache runs/slopes \
         --out benchmarks/results/omega_slopes
 
 On training images that the model never saw, so that choices leave the folds of a calibration unseen: the

@@ -14,7 +14,7 @@ from guard import attacks
 from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, Norm, length
 from guard.evaluation import gradient
 from guard.evaluation.apgd import apgd
-from guard.evaluation.attack import Attack
+from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.deepfool import deepfool
 from guard.evaluation.gradient import ATTACKS, ascent, fgsm, one_direction, smallest_budget
 from guard.evaluation.log_barrier import log_barrier
@@ -271,7 +271,7 @@ def test_names_end_in_the_norm_and_are_told_once() -> None:
         assert attack.name == attack.name.lower()
         assert attack.name.endswith(f"-{attack.norm}")
         assert attack.needs is None
-        assert attack.budgets in (None, gradient.BUDGETS[attack.norm])
+        assert attack.budgets in (None, BUDGETS[attack.norm])
 
 
 def test_no_torch_is_needed() -> None:

@@ -181,7 +181,8 @@ def _dataset(arguments: argparse.Namespace, folder: Path) -> "Dataset":
 
 def _settings(arguments: argparse.Namespace) -> "Settings":
     from guard.evaluation import suite
-    from guard.evaluation.run import BUDGETS, Settings
+    from guard.evaluation.attack import BUDGETS
+    from guard.evaluation.run import Settings
 
     default = suite.QUICK_BUDGETS if arguments.quick else BUDGETS
     given = dict(arguments.budgets)

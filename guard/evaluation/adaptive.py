@@ -34,11 +34,10 @@ from guard.attacks import (
 )
 from guard.bundle import ScoreName
 from guard.decision import Guard
-from guard.evaluation.attack import Attack
+from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
 from guard.runtime import Measurement, score_of
 
-BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 SCORES: tuple[ScoreName, ...] = get_args(ScoreName)
 DEFAULT: ScoreName = "jacobian"
 ROWS = 3

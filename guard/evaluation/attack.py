@@ -10,6 +10,9 @@ from guard.evaluation.target import Target
 
 Knowledge = Literal["gradients", "scores", "decisions", "another network", "nothing"]
 
+BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
+"""Those attacks are run at where nothing else is asked for."""
+
 Run = Callable[[Target, Floats, Labels, "float | None", int], Found]
 """`run(target, images, labels, budget, seed)`: images (B, C, H, W) in [0, 1] of true classes (B,).
 

@@ -20,7 +20,7 @@ from scipy import ndimage, signal
 
 from guard.attacks import Floats, Found, Labels, Norm, length, random_directions
 from guard.errors import DataError
-from guard.evaluation.attack import Attack, bound
+from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.target import Target
 
 Doubles = NDArray[np.float64]
@@ -264,7 +264,6 @@ CORRUPTIONS: dict[str, Corrupt] = {
     "jpeg": jpeg,
 }
 
-_BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 ATTACKS: tuple[Attack, ...] = (
     *(
         Attack(
@@ -277,7 +276,7 @@ ATTACKS: tuple[Attack, ...] = (
             budgets=budgets,
             source="control",
         )
-        for norm, budgets in _BUDGETS.items()
+        for norm, budgets in BUDGETS.items()
     ),
     *(
         Attack(

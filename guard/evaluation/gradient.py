@@ -26,14 +26,13 @@ from guard.attacks import (
     steepest,
 )
 from guard.evaluation.apgd import AscentLoss, apgd
-from guard.evaluation.attack import Attack, Run
+from guard.evaluation.attack import BUDGETS, Attack, Run
 from guard.evaluation.best import Best
 from guard.evaluation.carlini_wagner import carlini_wagner
 from guard.evaluation.deepfool import deepfool
 from guard.evaluation.log_barrier import NOISES, log_barrier
 from guard.evaluation.target import Classifier, Target
 
-BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
 
 Budgets = NDArray[np.float64]

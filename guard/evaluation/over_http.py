@@ -26,8 +26,8 @@ from guard.attacks import TINY, Floats, Found, Labels, Norm
 from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.errors import GuardError
-from guard.evaluation.adaptive import BUDGETS, JUDGED, SCORES, judge, named
-from guard.evaluation.attack import Attack
+from guard.evaluation.adaptive import JUDGED, SCORES, judge, named
+from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.target import Target
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from guard.data import Dataset
 from guard.decision import Guard
 from guard.errors import BundleError, DataError, UsageError
 from guard.evaluation import audit, masking
-from guard.evaluation.attack import Attack
+from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.results import (
     ARRAYS,
     ATTACKS_FOLDER,
@@ -65,7 +65,6 @@ from guard.stages import PIECE, Arrays, Stages
 log = logging.getLogger(__name__)
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
-BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 
 VERSION = 1
 """Raised whenever pieces come to hold something else: those of an interrupted run of another version are not

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Differentiable, Floats, Labels
+from guard.attacks import Floats, Labels, WithRows
 from guard.bundle import NormName, ScoreName
 from guard.decision import Guard
 from guard.runtime import Measurement
@@ -16,15 +16,11 @@ Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
 
 
-class Classifier(Differentiable, Protocol):
+class Classifier(WithRows, Protocol):
     """A classifier that attacks can differentiate: a `guard.runtime.Detector`, or a network in torch."""
 
     input_shape: tuple[int, int, int]
     num_classes: int
-
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
-        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B, K)."""
-        ...
 
 
 @dataclass(frozen=True)
