@@ -59,10 +59,14 @@ class Differentiable(Protocol):
 
 
 class WithRows(Differentiable, Protocol):
-    """A model that can also be led towards a class of choice; `guard.runtime.Detector` is one."""
+    """A model of `num_classes` that can also be led towards a class; `guard.runtime.Detector` is one."""
 
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
-        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B, K)."""
+    num_classes: int
+
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
+        """Logits (B, K) and the gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B,
+        K).
+        """
         ...
 
 
@@ -315,12 +319,12 @@ def _towards(
     model: WithRows, images: Floats, labels: Labels, target: Labels
 ) -> tuple[Floats, Floats, Floats]:
     """Logits (B, K), z_target - z_label (B,) and its gradient (B, C, H, W)."""
-    logits = model.logits(images)
     index = np.arange(len(images))
-    cotangents = np.zeros_like(logits)
+    cotangents = np.zeros((len(images), model.num_classes), np.float32)
     cotangents[index, target] = 1
     cotangents[index, labels] -= 1
-    return logits, logits[index, target] - logits[index, labels], model.vjp(images, cotangents)
+    logits, gradient = model.vjp(images, cotangents)
+    return logits, logits[index, target] - logits[index, labels], gradient
 
 
 def _minimum_norm(

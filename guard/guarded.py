@@ -100,11 +100,11 @@ def guarded_model(model: onnx.ModelProto, score: Score, *, provider: Provider = 
 
 
 def vjp_model(model: onnx.ModelProto, *, provider: Provider = "cpu") -> onnx.ModelProto:
-    """Vector-Jacobian product: `images` (B, C, H, W), `cotangents` (B, K) → `gradient` (B, C, H, W)."""
+    """Vector-Jacobian product: `images` (B, C, H, W), `cotangents` (B, K) → `logits` (B, K), `gradient`."""
     graph = Graph(model, provider=provider)
     classes = number_of_classes(graph)
     cotangents = graph.input(COTANGENTS, ("batch", classes))
-    return graph.build(outputs={"gradient": pullback(graph, LOGITS, cotangents, IMAGES)})
+    return graph.build(outputs={LOGITS: LOGITS, "gradient": pullback(graph, LOGITS, cotangents, IMAGES)})
 
 
 def loss_model(model: onnx.ModelProto, loss: Loss, *, provider: Provider = "cpu") -> onnx.ModelProto:

@@ -162,13 +162,15 @@ class Detector:
         run = partial(session.run, [guarded.LOGITS])
         return np.concatenate([run({guarded.IMAGES: chunk})[0] for chunk in self._chunks(images)])
 
-    def vjp(self, images: Float32, cotangents: Float32) -> Float32:
-        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image."""
+    def vjp(self, images: Float32, cotangents: Float32) -> tuple[Float32, Float32]:
+        """Logits (B, K) and gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image, from one pass."""
         session = self._session("vjp", lambda: guarded.vjp_model(self.model, provider=self.provider))
         rows = np.ascontiguousarray(cotangents, np.float32)
-        run = partial(session.run, ["gradient"])
+        run = partial(session.run, [guarded.LOGITS, "gradient"])
         pieces = zip(self._chunks(images), _split(rows, self.chunk), strict=True)
-        return np.concatenate([run({guarded.IMAGES: x, guarded.COTANGENTS: v})[0] for x, v in pieces])
+        outputs = [run({guarded.IMAGES: x, guarded.COTANGENTS: v}) for x, v in pieces]
+        logits, gradients = (np.concatenate(column) for column in zip(*outputs, strict=True))
+        return logits, gradients
 
     def loss_gradient(
         self, images: Float32, labels: Int64, loss: Loss = "margin"
@@ -190,7 +192,7 @@ class Detector:
         rows = -probabilities.astype(np.float32)
         picked = np.arange(len(index)), index
         rows[picked] += 1
-        gradients = self.vjp(images, rows)
+        gradients = self.vjp(images, rows)[1]
         lengths = np.linalg.norm(gradients.reshape(len(index), -1), axis=1)
         return np.asarray(lengths * probabilities[picked], np.float32)
 

@@ -43,11 +43,10 @@ class Quadratic:
         values = (logits[:, 1] - logits[:, 0]) * sign
         return logits, values.astype(np.float32), gradient.reshape(images.shape).astype(np.float32)
 
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
         flat = images.reshape(len(images), -1)
-        return cotangents[:, 1].reshape(-1, 1, 1, 1) * (self.slope + flat * self.curvature).reshape(
-            images.shape
-        ).astype(np.float32)
+        slope = (self.slope + flat * self.curvature).reshape(images.shape).astype(np.float32)
+        return self.logits(images), attacks.column(cotangents[:, 1]) * slope
 
 
 def exact_distance(images: Floats, weight: NDArray[np.float64], norm: Norm) -> NDArray[np.float64]:

@@ -59,7 +59,7 @@ class Ridge:
         slope[:, 0, 0, 0] = -np.sign(images[:, 0, 0, 0] - 0.5)
         return logits, logits[:, 1] - logits[:, 0], slope
 
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
         raise NotImplementedError
 
 

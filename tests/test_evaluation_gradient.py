@@ -60,7 +60,7 @@ class Counting:
         self.passes += GRADIENT * len(images)
         return self.model.loss_gradient(images, labels, loss)
 
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
         self.passes += GRADIENT * len(images)
         return self.model.vjp(images, cotangents)
 

@@ -221,7 +221,9 @@ def test_no_inner_name_meets_one_of_ours(name: str) -> None:
     x = images(2)
     expected = run(network(), x)
     np.testing.assert_allclose(detector.measure(x).logits, expected, rtol=1e-5)
-    assert detector.vjp(x, expected).shape == x.shape
+    logits, gradient = detector.vjp(x, expected)
+    assert gradient.shape == x.shape
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
     np.testing.assert_allclose(detector.loss_gradient(x, np.zeros(2, np.int64))[0], expected, rtol=1e-5)
 
 

@@ -150,7 +150,7 @@ def loss_gradient(
         return logits, losses.astype(np.float64), gradient
     logits = model.logits(images)
     values, cotangents = difference_of_logits_ratio(logits, labels)
-    return logits, values, model.vjp(images, cotangents)
+    return logits, values, model.vjp(images, cotangents)[1]
 
 
 def difference_of_logits_ratio(logits: Floats, labels: Labels) -> tuple[Values, Floats]:

@@ -50,7 +50,7 @@ def deepfool(
             cotangents = np.zeros(logits.shape, np.float32)
             cotangents[each, rival] = 1
             cotangents[each, labels[rows]] = -1
-            towards = model.vjp(points, cotangents)
+            towards = model.vjp(points, cotangents)[1]
             gap = logits[each, labels[rows]] - logits[each, rival]
             reach = (gap + 1e-4) / np.maximum(dual_length(towards, norm), TINY)
             nearer = reach < nearest

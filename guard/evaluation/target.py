@@ -20,7 +20,6 @@ class Classifier(WithRows, Protocol):
     """A classifier that attacks can differentiate: a `guard.runtime.Detector`, or a network in torch."""
 
     input_shape: tuple[int, int, int]
-    num_classes: int
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,14 @@ class TorchModel:
         (gradient,) = torch.autograd.grad(losses.sum(), points)
         return _array(logits), _array(losses), _array(gradient)
 
-    def vjp(self, images: Floats, cotangents: Floats) -> Floats:
-        """Gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B, K)."""
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
+        """Logits (B, K) and the gradient (B, C, H, W) of Σ_k cotangents[k] z_k(x), per image; cotangents (B,
+        K).
+        """
         points = self.tensor(images).requires_grad_()
         rows = torch.from_numpy(cotangents).to(self.device)
-        return _array(torch.autograd.grad(self.module(points), points, rows)[0])
+        logits = self.module(points)
+        return _array(logits), _array(torch.autograd.grad(logits, points, rows)[0])
 
 
 class Counted(nn.Module):
@@ -131,7 +134,7 @@ class _Gradient(torch.autograd.Function):
         module._count(cotangents)
         if not len(images):
             return torch.zeros_like(images)
-        gradient = module.classifier.vjp(_array(images), _array(cotangents))
+        gradient = module.classifier.vjp(_array(images), _array(cotangents))[1]
         return torch.from_numpy(gradient).to(images.dtype)
 
     @staticmethod
