@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import helper
 
 from guard import attacks
 from guard.attacks import Floats, Labels, Norm
@@ -77,6 +78,33 @@ def test_minimum_norm_attacks_end_at_the_nearest_other_class(
     assert (found.distance <= optimum * (1 + above[classes]) + absolute).all()
     assert (linear.detector.logits(found.images).argmax(axis=1) != linear.labels).all()
     assert attacks.length(found.images - linear.images, norm) == pytest.approx(found.distance)
+
+
+def test_carlini_wagner_returns_no_black_image_where_it_fails() -> None:
+    # Class 1 begins where the mean is below 0.05, and until there the gradient is 0.
+    flat = networks.model(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "mean", "dark"], ["depth"], transB=1),
+            helper.make_node("Relu", ["depth"], ["ramp"]),
+            helper.make_node("Gemm", ["ramp", "steep", "bias"], ["logits"], transB=1),
+        ],
+        {
+            "mean": np.full((1, 4), -0.25, np.float32),
+            "dark": np.array([0.05], np.float32),
+            "steep": np.array([[0], [1000]], np.float32),
+            "bias": np.array([1, 0], np.float32),
+        },
+        (1, 2, 2),
+        2,
+    )
+    target = Target(Detector(flat, provider="cpu", threads=1))
+    images, labels = np.full((2, 1, 2, 2), 0.5, np.float32), np.zeros(2, np.int64)
+    assert target.model.logits(0 * images).argmax(axis=1).tolist() == [1, 1]
+    make = partial(libraries.carlini_wagner, 10)
+    found = libraries.with_foolbox(target, images, labels, None, 0, norm="l2", make=make)
+    assert not found.success.any()
+    assert np.array_equal(found.images, images)
 
 
 @pytest.mark.parametrize(
