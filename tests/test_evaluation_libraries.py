@@ -330,9 +330,34 @@ def test_few_classes_have_what_autoattack_there_is() -> None:
     assert run(norm="linf").success.all()
     with pytest.raises(UsageError, match="4 classes"):
         run(norm="linf", parts=("apgd-t",))
-    tiny = Target(Detector(networks.linear(np.eye(4, dtype=np.float32), shape=(1, 2, 2)), provider="cpu"))
-    with pytest.raises(UsageError, match="5 pixels"):
-        libraries.with_autoattack(tiny, networks.images(1, (1, 2, 2)), np.zeros(1, int), 1.0, 0, norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("sides", "fit"),
+    [
+        ((2, 2), False),
+        ((5, 5), True),
+        ((9, 6), True),
+        ((12, 12), False),
+        ((24, 24), False),
+        ((28, 28), True),
+        ((32, 48), False),
+        ((48, 32), True),
+    ],
+)
+def test_square_in_l2_is_refused_where_its_squares_do_not_fit(sides: tuple[int, int], *, fit: bool) -> None:
+    shape = (1, *sides)
+    weight = np.random.default_rng(0).normal(size=(2, sides[0] * sides[1])).astype(np.float32)
+    model = networks.linear(weight, -weight.sum(axis=1) / 2, shape=shape)
+    target, images = Target(Detector(model, provider="cpu", threads=1)), np.full((2, *shape), 0.5, np.float32)
+    images[:, 0, 0, 0] = 0, 1  # a little to either side of the boundary
+    labels = target.model.logits(images).argmax(axis=1)
+    run = partial(libraries.with_autoattack, target, images, labels, 4.0, 0, norm="l2", parts=("square",))
+    if fit:
+        assert run().success.all()
+    else:
+        with pytest.raises(UsageError, match=rf"{sides[0]} x {sides[1]} pixels.* autoattack-apgd-ce-l2"):
+            run()
 
 
 def test_names_budgets_and_needs() -> None:

@@ -282,19 +282,23 @@ def with_autoattack(
 
     The targeted parts aim at the nine most probable other classes, or at as many as there are. The targeted
     difference of logits ratio needs four classes: with three the untargeted one stands in for it within the
-    whole, with two nothing does. Raises `UsageError` for a part on its own that the classifier or the images
-    are too small for.
+    whole, with two nothing does. Raises `UsageError` for it on its own, and for Square in l2, on its own or
+    not, where its squares do not lie within the images.
     """
     import torch
     from pyautoattack import AutoAttack
 
     from guard.evaluation.torch_models import as_module, isolated
 
-    classes, height = target.model.num_classes, target.model.input_shape[1]
+    classes, (_, height, width) = target.model.num_classes, target.model.input_shape
     if parts == ("apgd-t",) and classes < 4:
         raise UsageError(f"AutoAttack's targeted APGD needs 4 classes or more, and the model has {classes}.")
-    if norm == "l2" and "square" in parts and height < 5:
-        raise UsageError(f"the Square attack in l2 needs images 5 pixels high or more, not {height}.")
+    if norm == "l2" and "square" in parts and not squares_fit(height, width):
+        raise UsageError(
+            f"the Square attack in l2 cannot lay its first squares on images of {height} x {width} pixels, "
+            "only on 5 x 5 and more but for some sizes, such as 12, 14 or 24. Leave out square-l2 and "
+            "autoattack-l2, whose other parts are autoattack-apgd-ce-l2, autoattack-apgd-t-l2 and fab-t-l2."
+        )
     if "apgd-t" in parts and classes < 4:
         instead: tuple[Part, ...] = ("apgd-dlr",) if classes == 3 else ()
         at = parts.index("apgd-t")
@@ -322,6 +326,17 @@ def with_autoattack(
         return np.asarray(found.cpu().numpy(), np.float32), module.passes
 
     return proposed(target.model, images, labels, norm, budget, propose)
+
+
+def squares_fit(height: int, width: int) -> bool:
+    """Whether the squares that Square starts from in l2, a fifth of the height wide, lie within the image.
+
+    pyautoattack 0.2.0 lays as many as the image has room for but begins away from its edge, and fails on a
+    square that is cut off. Of those of one pixel none is.
+    """
+    side = height // 5
+    edge = (height - 5 * side) // 2
+    return side == 1 or (side > 1 and all(edge + room // side * side <= room for room in (height, width)))
 
 
 def with_wasserstein(
