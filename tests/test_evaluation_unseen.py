@@ -33,14 +33,11 @@ def a_target() -> Target:
     return Target(Detector(networks.convolutional(shape=(3, 16, 16), width=4), provider="cpu"))
 
 
+SHAPES = {"spatial-flow": unseen.displacements, "recolor": unseen.lattice, "jpeg": unseen.coefficients}
+
+
 def start_of(name: str, images: Floats) -> Floats:
-    count, channels, height, width = images.shape
-    shape: tuple[int, ...] = (count, unseen.coefficients(images.shape[1:]))
-    if name == "spatial-flow":
-        shape = (count, height, width, 2)
-    if name == "recolor":
-        shape = (count, *unseen.LATTICE[:channels], channels)
-    return np.zeros(shape, np.float32)
+    return np.zeros((len(images), *SHAPES[name](images.shape[1:])), np.float32)
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -302,8 +299,9 @@ def test_smoothness_makes_the_flow_smoother() -> None:
     assert rough[1] < 0.5 * rough[0]
 
 
-@pytest.mark.parametrize("run", [unseen.spatial_flow, unseen.recoloring, unseen.jpeg_coefficients])
-def test_an_image_fares_alike_alone_and_in_company(run: Callable[..., Found]) -> None:
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_an_image_fares_alike_alone_and_in_company(name: str) -> None:
+    run: Callable[..., Found] = BY_NAME[name].run
     target, images = a_target(), networks.images(3, (3, 16, 16))
     labels = target.model.logits(images).argmax(axis=1)
     together = run(target, images, labels, 0.05, 0, steps=10)

@@ -280,13 +280,6 @@ def jpeg(images: Floats, shift: Floats) -> tuple[Floats, PullBack]:
     return np.clip(raw, 0, 1).astype(np.float32), pull_back
 
 
-def coefficients(shape: tuple[int, ...]) -> int:
-    """JPEG coefficients of an image (C, H, W), its sides rounded up to multiples of 16."""
-    channels, height, width = shape
-    luma = -(-height // 16) * 16 * -(-width // 16) * 16
-    return luma if channels == 1 else luma * 3 // 2
-
-
 @cache
 def quantization() -> tuple[Doubles, Doubles]:
     """JPEG's quantization tables of brightness and chroma (8, 8) at quality 50: annex K of the standard."""
@@ -300,65 +293,62 @@ def quantization() -> tuple[Doubles, Doubles]:
     return luma, chroma
 
 
-def spatial_flow(
-    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
+def unseen(
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    _: int,
+    *,
+    transform: Transform,
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]],
+    rate: float,
+    smoothness: float = 0.0,
+    memory: tuple[float, float] = (0.9, 0.999),
+    steps: int = STEPS,
 ) -> Found:
-    """A smooth displacement of pixels by at most `budget` half sides, each way. No randomness."""
-    eps = bound(budget)
-    return ascend(
-        target.model,
-        images,
-        labels,
-        np.zeros((len(images), *images.shape[2:], 2), np.float32),
-        eps,
-        transform=flow,
-        rate=eps / 5,
-        steps=steps,
-        smoothness=0.0025 / max(eps, TINY),
-    )
+    """The transformation whose parameters are at most `budget` in size; `ascend` from where nothing changes.
 
-
-def recoloring(
-    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
-) -> Found:
-    """One smooth map of all colours by at most `budget` of each axis of CIELUV. No randomness."""
-    channels, eps = _channels(images, "recolor"), bound(budget)
-    return ascend(
-        target.model,
-        images,
-        labels,
-        np.zeros((len(images), *LATTICE[:channels], channels), np.float32),
-        eps,
-        transform=recolor,
-        rate=eps / 60,
-        steps=steps,
-        smoothness=0.0036 / max(eps, TINY),
-    )
-
-
-def jpeg_coefficients(
-    target: Target, images: Floats, labels: Labels, budget: float | None, _: int, *, steps: int = STEPS
-) -> Found:
-    """JPEG coefficients displaced by at most `budget` quantization steps, along signs of the gradient. No
-    randomness.
+    `shape` is that of one image's parameters, from the image's (C, H, W). Steps are `rate` times the budget
+    long, the weight of the roughness is `smoothness` over the budget. No randomness.
     """
-    _channels(images, "jpeg")
     eps = bound(budget)
     return ascend(
         target.model,
         images,
         labels,
-        np.zeros((len(images), coefficients(images.shape[1:])), np.float32),
+        np.zeros((len(images), *shape(images.shape[1:])), np.float32),
         eps,
-        transform=jpeg,
-        rate=eps / np.sqrt(steps),
+        transform=transform,
+        rate=rate * eps,
         steps=steps,
-        memory=(0.0, 0.0),
+        smoothness=smoothness / max(eps, TINY),
+        memory=memory,
     )
 
 
-def _channels(images: Floats, name: str) -> int:
-    channels = int(images.shape[1])
+def displacements(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `flow`'s parameters for an image (C, H, W)."""
+    return (*shape[1:], 2)
+
+
+def lattice(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `recolor`'s parameters for an image (C, H, W)."""
+    channels = _channels(shape, "recolor")
+    return (*LATTICE[:channels], channels)
+
+
+def coefficients(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `jpeg`'s parameters for an image (C, H, W): its coefficients, its sides rounded up to
+    multiples of 16.
+    """
+    channels, (height, width) = _channels(shape, "jpeg"), shape[1:]
+    luma = -(-height // 16) * 16 * -(-width // 16) * 16
+    return (luma if channels == 1 else luma * 3 // 2,)
+
+
+def _channels(shape: tuple[int, ...], name: str) -> int:
+    channels = shape[0]
     if channels not in (1, 3):
         raise DataError(
             f"{name}: the model's images have {channels} channels; expected 1 (grey) or 3 (red, green, blue)."
@@ -372,7 +362,7 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="spatial-flow",
         title="Spatial flow",
-        run=spatial_flow,
+        run=partial(unseen, transform=flow, shape=displacements, rate=1 / 5, smoothness=0.0025),
         budgets=(0.05,),
         unit="half image sides",
         source="HAMMING, Table 1 (Spatial); Xiao et al. 2018, section 3; bound of Laidlaw et al. 2021",
@@ -380,7 +370,7 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="recolor",
         title="Recolor",
-        run=recoloring,
+        run=partial(unseen, transform=recolor, shape=lattice, rate=1 / 60, smoothness=0.0036),
         budgets=(0.06,),
         unit="of each CIELUV axis",
         source="HAMMING, Table 1 (ReColor); Laidlaw & Feizi 2019, section 4",
@@ -388,7 +378,7 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         name="jpeg",
         title="JPEG coefficients",
-        run=jpeg_coefficients,
+        run=partial(unseen, transform=jpeg, shape=coefficients, rate=1 / 10, memory=(0.0, 0.0)),
         budgets=(0.125,),
         unit="quantization steps",
         source="HAMMING, Table 1 (JPEG); Kang et al. 2019, section 3; bound of Laidlaw et al. 2021",
