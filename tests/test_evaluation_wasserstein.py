@@ -78,6 +78,9 @@ def test_mass_moves_by_no_more_than_the_budget_and_breaks_what_it_can(target: Ta
     for before, after, hit in zip(images, found.images, found.success, strict=True):
         if hit:
             assert cost(before, after) <= 0.3
+            # What is added where nothing was taken from costs nothing: there must be none.
+            mass = after.sum(axis=(1, 2)) / before.sum(axis=(1, 2))
+            assert ((mass > 0.98) & (mass < 1.0001)).all()
     less = libraries.with_wasserstein(target, images, labels, 1e-4, 0, steps=5)
     assert less.success.sum() < found.success.sum()
 
