@@ -14,6 +14,7 @@ from guard import attacks
 from guard.attacks import Floats, Labels, Norm
 from guard.errors import UsageError
 from guard.evaluation import libraries
+from guard.evaluation.apgd import apgd
 from guard.evaluation.libraries import ATTACKS, Make, Part
 from guard.evaluation.target import Target
 from guard.runtime import Detector
@@ -258,6 +259,21 @@ def test_our_pgd_and_minimum_norm_agree_with_foolbox(norm: Norm) -> None:
     ours = attacks.pgd(detector, images, labels, budget, norm=norm, steps=40, clip=True)
     assert agreement(ours.success, pgd.success)
     assert 0 < ours.success.mean() < 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_our_apgd_agrees_with_autoattacks(norm: Norm) -> None:
+    detector, images, labels = convolutional(seed=1)
+    nearest = attacks.minimum_norm(detector, images, labels, norm=norm, clip=True)
+    budget = float(np.median(nearest.distance))
+    parts: tuple[Part, ...] = ("apgd-ce",)
+    theirs = libraries.with_autoattack(Target(detector), images, labels, budget, 0, norm=norm, parts=parts)
+    ours = apgd(detector, images, labels, budget, norm=norm, loss="cross-entropy", restarts=1)
+    assert agreement(ours.success, theirs.success)
+    assert 0 < ours.success.mean() < 1
+    # An image that only one of them breaks lies near the budget.
+    apart = ours.success != theirs.success
+    assert nearest.distance[apart] == pytest.approx(budget, rel=0.05)
 
 
 def test_runs_are_deterministic_and_leave_the_generators_alone() -> None:
