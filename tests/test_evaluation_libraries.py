@@ -129,6 +129,20 @@ def test_attacks_by_decisions_come_near_the_nearest_other_class(
     assert np.median(ratio) <= median
 
 
+def test_directions_of_hopskipjump_are_seen_by_float32() -> None:
+    shape = (3, 32, 32)
+    slope = np.random.default_rng(0).normal(size=3072).astype(np.float32)
+    image = 0.1 + 0.8 * networks.images(1, shape, seed=1)
+    bias = np.array([2 - image.ravel() @ slope, 0], np.float32)
+    target = Target(
+        Detector(networks.linear(np.stack([slope, 0 * slope]), bias, shape), provider="cpu", threads=1)
+    )
+    make = partial(libraries.hop_skip_jump, "linf", 10)
+    run = partial(libraries.with_foolbox, norm="linf", make=make, starts=True)
+    found = run(target, image, np.zeros(1, np.int64), None, 0)
+    assert found.distance[0] < 4 * 2 / np.abs(slope).sum()
+
+
 def test_directions_of_hopskipjump_do_not_shrink_with_the_batch() -> None:
     linear = LINEAR[2]
     make = partial(libraries.hop_skip_jump, "l2", 4)
