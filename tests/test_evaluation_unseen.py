@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard.attacks import Floats, Found, Labels
+from guard.attacks import Floats, Found, Labels, Loss
 from guard.errors import DataError
 from guard.evaluation import unseen
 from guard.evaluation.attack import Attack
@@ -312,6 +312,30 @@ def test_an_image_fares_alike_alone_and_in_company(name: str) -> None:
     assert run(target, images[:0], labels[:0], 0.05, 0).images.shape == (0, 3, 16, 16)
     assert together.success[2:3] == alone.success
     assert together.images[2:3] == pytest.approx(alone.images, abs=1e-3)
+
+
+@pytest.mark.parametrize("attack", unseen.ATTACKS, ids=lambda attack: attack.name)
+def test_an_image_whose_gradient_is_no_number_is_a_failure_and_leaves_the_others_alone(
+    attack: Attack,
+) -> None:
+    class Broken(Detector):
+        def loss_gradient(
+            self, images: Floats, labels: Labels, loss: Loss = "margin"
+        ) -> tuple[Floats, Floats, Floats]:
+            logits, values, gradient = super().loss_gradient(images, labels, loss)
+            gradient = np.where((images.mean(axis=(1, 2, 3)) < 0.5)[:, None, None, None], np.nan, gradient)
+            return logits, values, gradient
+
+    weight = np.stack([np.zeros(768), np.linspace(-1, 1, 768)]).astype(np.float32)
+    never = networks.linear(weight, np.array([1e4, 0], np.float32), shape=(3, 16, 16))
+    images = networks.images(2, (3, 16, 16))
+    images[0] *= 0.5
+    found = attack.run(Target(Broken(never, provider="cpu")), images, zeros(2), 0.05, 0)
+    assert not found.success.any()
+    assert found.images[0] == pytest.approx(images[0], abs=1e-6)
+    alone = attack.run(Target(Detector(never, provider="cpu")), images[1:], zeros(1), 0.05, 0)
+    assert found.images[1] == pytest.approx(alone.images[0], abs=1e-3)
+    assert not np.array_equal(found.images[1], images[1])
 
 
 @pytest.mark.parametrize("name", ["recolor", "jpeg"])

@@ -72,7 +72,8 @@ def ascend(
         distance[rows[wrong]] = np.abs(shift[wrong]).max(axis=tuple(range(1, shift.ndim)))
         if step == steps:
             break
-        uphill = pull_back(gradient)
+        # Parameters whose gradient is not finite stay where they are.
+        uphill = np.nan_to_num(pull_back(gradient), nan=0.0, posinf=0.0, neginf=0.0)
         if smoothness:
             uphill = uphill - np.float32(smoothness) * roughness(shift)[1]
         mean = memory[0] * mean + (1 - memory[0]) * uphill
