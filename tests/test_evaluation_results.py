@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,15 @@ def test_summary_is_of_the_finite_values() -> None:
     assert summary(np.array([np.inf, 1.0])) is None
 
 
-def test_the_interval_of_the_median_covers_it() -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        found = summary(generator.normal(size=100))
-        assert found is not None
-        covered += found.median_lower <= 0 <= found.median_upper
-    assert covered >= 372  # 93%, four deviations below 97%
+@pytest.mark.parametrize("n", [6, 7, 20, 21, 26, 100, 104, 999, 1000])
+def test_the_interval_of_the_median_covers_it(n: int) -> None:
+    found = summary(np.arange(1.0, n + 1))  # so that an order statistic is its rank
+    assert found is not None
+    low, high = int(found.median_lower), int(found.median_upper)
+    assert low + high == n + 1
+    # The median lies between them where at least `low` and at most `high` - 1 values lie below it.
+    covered = sum(math.comb(n, below) for below in range(low, high)) / 2**n
+    assert 0.95 <= covered < 0.99
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ ROUNDING = 1e-6
 
 
 class Summary(Record):
-    """Of n finite values: mean with its standard error, median with its 95% interval (order statistics)."""
+    """Of n finite values: mean with its standard error, median with an interval of two order statistics that
+    holds it with probability 95% or more (below 6 values: all of them, which hold it less often).
+    """
 
     n: int
     mean: float
@@ -205,14 +207,14 @@ def summary(values: Values) -> Summary | None:
     if n < 2:
         return None
     spread = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a binomial count at 1/2
-    low, high = max(0, math.floor(n / 2 - spread)), min(n - 1, math.ceil(n / 2 + spread))
+    low = max(0, math.floor(n / 2 - spread) - 1)
     return Summary(
         n=n,
         mean=float(finite.mean()),
         standard_error=float(finite.std(ddof=1) / math.sqrt(n)),
         median=float(np.median(finite)),
         median_lower=float(finite[low]),
-        median_upper=float(finite[high]),
+        median_upper=float(finite[n - 1 - low]),
     )
 
 
