@@ -136,6 +136,22 @@ def test_queries_better_than_gradients() -> None:
     assert by_name(masking.checks([white, aware], probed(), BUDGETS))[name].verdict == "not run"
 
 
+@pytest.mark.parametrize("aim", [{"norm": "linf"}, {"budget": 0.5}])
+def test_attacks_aimed_elsewhere_are_not_compared(aim: dict[str, Any]) -> None:
+    white = finished("pgd-l2", "gradients", [0, 1, 2], 0.2)
+    black = finished("square-l2", "scores", [2, 3, 4], 0.2)
+    name = "gradients beat queries, l2"
+    at_this_budget = finished("square-l2", "scores", [2, 3, 4], 0.2, budget=0.2)
+    assert by_name(masking.checks([white, at_this_budget], probed(), BUDGETS))[name].verdict == "failed"
+    for pair in (
+        (finished("weak", "gradients", [0], 0.2, **aim), black),
+        (white, finished("weak", "scores", [0], 0.2, **aim)),
+    ):
+        check = by_name(masking.checks(pair, probed(), BUDGETS))[name]
+        assert check.verdict == "not run"
+        assert check.found.startswith("no attacks of both kinds at this budget")
+
+
 def test_passes_are_an_upper_bound() -> None:
     class Counting(Masked):
         passes = 0

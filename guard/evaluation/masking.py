@@ -150,9 +150,15 @@ def _random_search(probed: Arrays, norm: Norm, eps: float) -> Check:
 def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
     """Of the images that some attack of either kind was run on, those that only queries broke.
 
-    Attacks that know the detector, and may stop at images broken before, are left out.
+    Only attacks made for this norm and budget count, or for the nearest image in this norm: others are no
+    measure of what their kind can do here. Those that know the detector, and may stop at images broken
+    before, are left out.
     """
-    plain = [one for one in finished if one.result.aware is None]
+    plain = [
+        one
+        for one in finished
+        if one.result.aware is None and one.result.norm == norm and one.result.budget in (None, eps)
+    ]
     white = [one for one in plain if one.result.knowledge == "gradients"]
     black = [one for one in plain if one.result.knowledge in ("scores", "decisions")]
     rows = np.intersect1d(_rows(white), _rows(black))
@@ -160,7 +166,10 @@ def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
     name = f"gradients beat queries, {norm}"
     if not len(rows):
         return Check(
-            name=name, verdict="not run", expected=expected, found="no attack by queries on the same images"
+            name=name,
+            verdict="not run",
+            expected=expected,
+            found="no attacks of both kinds at this budget, or to the nearest image, on the same images",
         )
     by_gradients = np.isin(rows, _broken(white, norm, eps))
     by_queries = np.isin(rows, _broken(black, norm, eps))
