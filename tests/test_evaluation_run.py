@@ -209,10 +209,13 @@ def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Pa
 
 
 def test_there_is_no_headline_where_nothing_aimed(other_folder: Path, tmp_path: Path) -> None:
-    out, budgets = tmp_path / "out", {"l2": (2.0, 3.0), "linf": (0.1,)}
+    out = tmp_path / "out"
+    budgets: dict[str, tuple[float, ...]] = {"l2": (2.0, 3.0), "linf": (0.1,)}
     noise = attack(name="noise-linf", norm="linf", knowledge="nothing", budgets=(0.1,))
     results = evaluated(other_folder, out, attack(budgets=(3.0,)), noise, budgets=budgets)
     assert [(one.norm, one.budget) for one in results.standing] == [("l2", 3.0)]
+    results = evaluated(other_folder, out, budgets=budgets | {"l2": (3.0, 5.0)})
+    assert [one.budget for one in results.standing] == [3.0], "nothing tried at 5"
     results = evaluated(other_folder, out, attack(name="near-l2", budgets=None), budgets=budgets)
     assert [(one.norm, one.budget) for one in results.standing] == [("l2", 2.0), ("l2", 3.0)]
 

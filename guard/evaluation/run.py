@@ -8,7 +8,6 @@ others can be added later.
 
 import json
 import logging
-import math
 import os
 import platform
 import time
@@ -27,9 +26,9 @@ from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import rescored
 from guard.certificate import OmegaTable
 from guard.data import Dataset
-from guard.decision import Guard
+from guard.decision import NORMS, Guard
 from guard.errors import BundleError, DataError, UsageError
-from guard.evaluation import audit, masking
+from guard.evaluation import audit, masking, standing
 from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.results import (
     ARRAYS,
@@ -47,14 +46,13 @@ from guard.evaluation.results import (
     Finished,
     RadiusAudit,
     Results,
-    Standing,
     auroc,
     load,
     load_arrays,
     share,
     summary,
 )
-from guard.evaluation.target import Flags, Target, Values
+from guard.evaluation.target import Target, Values
 from guard.files import atomic_open, provenance, write_bytes, write_text
 from guard.guarded import GRAPH_VERSION
 from guard.progress import Progress, duration
@@ -63,8 +61,6 @@ from guard.settings import Policy
 from guard.stages import PIECE, Arrays, Stages
 
 log = logging.getLogger(__name__)
-
-NORMS: tuple[Norm, Norm] = ("l2", "linf")
 
 VERSION = 1
 """Raised whenever pieces come to hold something else: those of an interrupted run of another version are not
@@ -217,50 +213,6 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
         }
         | {f"accepted_{score}": values for score, values in accepted.items()}
         | {f"ratio_{score}": values for score, values in ratio.items()}
-    )
-
-
-def standings(
-    finished: Sequence[Finished],
-    clean: Arrays,
-    scores: Sequence[ScoreName],
-    budgets: Mapping[Norm, Sequence[float]],
-) -> list[Standing]:
-    """Robust accuracy with rejection for every score, norm and budget, under the union of all attacks."""
-    return [
-        _standing(finished, clean, score, norm, budget)
-        for score in scores
-        for norm, values in budgets.items()
-        for budget in values
-    ]
-
-
-def _standing(
-    finished: Sequence[Finished], clean: Arrays, score: ScoreName, norm: Norm, budget: float
-) -> Standing:
-    taken = clean["right"] & clean[f"accepted_{score}"]
-    by_attack: dict[str, Flags] = {}
-    shortest = len(taken)
-    for one in finished:
-        result = one.result
-        fell = by_attack.setdefault(result.name, np.zeros(len(taken), np.bool_))
-        fell[one.arrays["row"][one.within(norm, budget) & one.arrays[f"accepted_{score}"]]] = True
-        aimed = result.norm == norm and result.aware in (None, score)
-        if aimed and (result.budget is None or result.budget <= budget):
-            shortest = min(shortest, int(result.settings["images"]))
-    fallen = np.any(list(by_attack.values()), axis=0) if by_attack else np.zeros(len(taken), np.bool_)
-    counts = {name: int((fell & taken).sum()) for name, fell in by_attack.items()}
-    ranked = dict(sorted(((n, c) for n, c in counts.items() if c), key=lambda item: (-item[1], item[0])))
-    standing = taken & ~fallen
-    return Standing(
-        score=score,
-        norm=norm,
-        budget=budget,
-        standing=share(standing),
-        clean=share(taken),
-        worst=next(iter(ranked), None),
-        fallen=ranked,
-        complete=share(standing[:shortest]) if shortest < len(taken) else None,
     )
 
 
@@ -544,25 +496,6 @@ class _Run:
 
     # --- what is looked at once all attacks have run
 
-    def _budgets(self) -> dict[Norm, list[float]]:
-        """Those of the headline: asked for, and of finished attacks; only where some attack aimed at them."""
-        found: dict[Norm, list[float]] = {}
-        for norm in NORMS:
-            run = {
-                one.result.budget
-                for one in self.finished
-                if one.result.norm == norm and one.result.budget is not None
-            }
-            found[norm] = sorted(run | set(self.settings.budgets.get(norm, ())))
-        for norm, values in found.items():
-            aimed = [
-                one.result.budget or 0.0
-                for one in self.finished
-                if one.result.norm == norm and one.result.knowledge != "nothing"
-            ]
-            found[norm] = [value for value in values if value >= min(aimed, default=math.inf)]
-        return found
-
     def _last_passes(self) -> int:
         probed = PROBED_QUICK if self.settings.quick else PROBED
         return probed * masking.PASSES + len(NORMS) * self._radii_passes() * len(self.index)
@@ -655,7 +588,7 @@ class _Run:
         jacobian = summary(clean["jacobian"])
         if jacobian is None:
             raise BundleError(f"{found.path}: its Jacobian norms are not finite on {self.dataset.name}.")
-        budgets = self._budgets()
+        budgets = standing.headline_budgets(self.finished, settings.budgets)
         seconds = sum(one.result.seconds for one in (*self.finished, *self.denied))
         return Results(
             command=self.command,
@@ -693,7 +626,7 @@ class _Run:
             rejected={score: share(~clean[f"accepted_{score}"]) for score in self.scores},
             jacobian=jacobian,
             attacks=[one.result for one in self.finished],
-            standing=standings(self.finished, clean, self.scores, budgets),
+            standing=standing.standings(self.finished, clean, self.scores, budgets),
             over_rejection=[one.result for one in self.denied],
             checks=self.checks,
             radii=self.radii,
