@@ -299,6 +299,23 @@ def test_attacks_added_later_leave_finished_ones_alone(other_folder: Path, tmp_p
     assert third.standing == second.standing
 
 
+@pytest.mark.parametrize("content", [None, b"PK"])
+def test_an_attack_whose_file_is_lost_or_broken_is_run_again(
+    other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    first = evaluated(other_folder, out, attack())
+    lost = out / first.attacks[0].file
+    lost.unlink()
+    if content is not None:
+        lost.write_bytes(content)
+    assert len(evaluated(other_folder, out).attacks) == 2
+    assert "straight-l2 counts no longer, and is run again where it is asked for" in caplog.text
+    again = evaluated(other_folder, out, attack())
+    assert sorted(one.budget or 0 for one in again.attacks) == [2.0, 2.5, 3.0]
+    assert again.standing == first.standing
+
+
 def test_other_settings_are_refused(other_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluated(other_folder, out, attack())

@@ -314,9 +314,15 @@ class _Run:
         if not (self.out / RESULTS).is_file():
             return
         results = load(self.out)
+        needed = (*ARRAYS, *(f"accepted_{score}" for score in self.scores))
         for some, into in ((results.attacks, self.finished), (results.over_rejection, self.denied)):
             for one in some:
-                into.append(Finished(one, load_arrays(self.out / one.file, ARRAYS)))
+                try:
+                    into.append(Finished(one, load_arrays(self.out / one.file, needed)))
+                except DataError as error:
+                    log.warning(
+                        "%s counts no longer, and is run again where it is asked for: %s", one.name, error
+                    )
         twins = {one.result.settings.get("twin") for one in self.finished} - {None}
         if self.twin is not None and twins - {self.twin}:
             raise UsageError(
