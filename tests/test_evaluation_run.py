@@ -160,6 +160,18 @@ def test_images_outside_the_range_are_brought_back(other_folder: Path, tmp_path:
     assert results.attacks[0].distance is not None
 
 
+def test_budgets_however_close_are_two_and_the_same_one_twice_is_one(
+    other_folder: Path, tmp_path: Path
+) -> None:
+    close = (2.5, 2.50001)
+    out = tmp_path / "out"
+    results = evaluated(other_folder, out, attack(budgets=(*close, 2.5)), budgets={"l2": close})
+    assert [one.budget for one in results.attacks] == list(close)
+    for one, budget in zip(results.attacks, close, strict=True):
+        assert np.allclose(load_arrays(out / one.file)["l2"], budget, rtol=1e-6, atol=0)
+    assert len(evaluated(other_folder, out, attack(budgets=(2.500001,))).attacks) == 3
+
+
 def test_failures_are_judged_too(other_folder: Path, tmp_path: Path) -> None:
     def modest(*given: Any) -> Found:
         return replace(straight(*given), success=np.zeros(len(given[1]), np.bool_))

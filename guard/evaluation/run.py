@@ -118,7 +118,7 @@ class Task:
     @property
     def file(self) -> str:
         """Its arrays, relative to the results folder."""
-        at = "" if self.budget is None else f"-{self.budget:.4g}"
+        at = "" if self.budget is None else f"-{self.budget}"
         return f"{ATTACKS_FOLDER}/{self.attack.name}{at}.npz"
 
     @property
@@ -266,8 +266,9 @@ class _Run:
         self._take_up()
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
-        done = {one.result.file for one in (*self.finished, *self.denied)}
-        left = [task for task in tasks if task.file not in done]
+        done = {(one.result.name, one.result.budget) for one in (*self.finished, *self.denied)}
+        asked = {(task.attack.name, task.budget): task for task in tasks}
+        left = [task for key, task in asked.items() if key not in done]
         passes = {task.file: self._count(task) * task.attack.passes for task in left}
         last = self._last_passes()
         total = sum(passes.values()) + last
