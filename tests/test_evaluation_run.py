@@ -152,6 +152,38 @@ def test_an_attacks_word_is_not_taken(other_folder: Path, tmp_path: Path) -> Non
     assert standing == {2.0: 12, 2.5: 12, 3.0: 4}
 
 
+def test_distances_are_measured(other_folder: Path, tmp_path: Path) -> None:
+    def modest(*given: Any) -> Found:
+        return replace(straight(*given, moved=2.0), distance=np.zeros(len(given[1])))
+
+    own = attack(modest, name="own", norm=None, unit="steps", budgets=None)
+    results = evaluated(other_folder, tmp_path / "out", attack(modest, budgets=None), own)
+    in_l2, in_steps = (one.distance for one in results.attacks)
+    assert in_l2 is not None
+    assert in_steps is not None
+    assert in_l2.median == pytest.approx(2.0, rel=1e-5)
+    assert in_steps.median == 0
+
+
+def test_what_is_no_number_breaks_nothing_and_hides_nothing(other_folder: Path, tmp_path: Path) -> None:
+    def broken(*given: Any) -> Found:
+        found = straight(*given)
+        return replace(found, images=np.full_like(found.images, np.nan))
+
+    known = colours()
+    assert known.labels is not None
+    # The class of what is no number is 0, which these are not.
+    green = replace(known, images=known.images[..., [1, 0, 2]], labels=1 - known.labels)
+    given = partial(evaluate, settings=SETTINGS, provider="cpu", threads=1, silent=True)
+    bare = given(other_folder, green, tmp_path / "bare", [])
+    results = given(other_folder, green, tmp_path / "out", tasks_of([attack(broken)]))
+    for one in results.attacks:
+        assert (one.n, one.success.count, one.settings["unconfirmed"]) == (16, 0, 16)
+        assert not load_arrays(tmp_path / "out" / one.file)["wrong"].any()
+    assert results.radii == bare.radii
+    assert bare.radii[0].mean_distance > 0
+
+
 def test_images_outside_the_range_are_brought_back(other_folder: Path, tmp_path: Path) -> None:
     results = evaluated(other_folder, tmp_path / "out", attack(partial(straight, moved=100.0), budgets=None))
     arrays = load_arrays(tmp_path / "out" / results.attacks[0].file)

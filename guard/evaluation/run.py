@@ -172,10 +172,11 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
     """What the served decisions say of n attacked images: the arrays of `results.ARRAYS`, but `row`, `image`.
 
     The attack's word is not taken for anything: a success counts where the image is wrong (for a denial:
-    rejected), within the budget and, for attacks that know a score, accepted by its guard.
+    rejected), within the budget and, for attacks that know a score, accepted by its guard. Its distance is
+    taken only where the attack has a measure of its own.
     """
     attack, n = task.attack, len(images)
-    attacked = np.clip(found.images, 0, 1).astype(np.float32)
+    attacked = _inside(found.images, images)
     moved = attacked - images
     arrays: Arrays = {"l2": length(moved, "l2"), "linf": length(moved, "linf")}
     suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
@@ -201,19 +202,24 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
         success = success & wrong
     if attack.norm is not None and task.budget is not None:
         success = success & (arrays[attack.norm] <= task.budget * (1 + ROUNDING) + ROUNDING)
-    passes = getattr(found, "passes", None)
+    distance = found.distance if attack.norm is None else arrays[attack.norm]
     return (
         arrays
         | {
             "success": success,
             "unconfirmed": found.success & ~success,
             "wrong": wrong,
-            "distance": np.where(success, found.distance, np.inf),
-            "passes": np.full(n, attack.passes) if passes is None else passes,
+            "distance": np.where(success, distance, np.inf),
+            "passes": np.full(n, attack.passes) if found.passes is None else found.passes,
         }
         | {f"accepted_{score}": values for score, values in accepted.items()}
         | {f"ratio_{score}": values for score, values in ratio.items()}
     )
+
+
+def _inside(attacked: Floats, images: Floats) -> Floats:
+    """Attacked images (B, C, H, W) in [0, 1]; what is no number is as it was in the images attacked."""
+    return np.where(np.isnan(attacked), images, np.clip(attacked, 0, 1)).astype(np.float32)
 
 
 class _Run:
@@ -450,7 +456,7 @@ class _Run:
             seed = 1009 * self.settings.seed + int(part[0])
             found = attack.run(self.target, images, labels, task.budget, seed)
             shown = part < GALLERY
-            attacked = np.clip(found.images[shown], 0, 1).astype(np.float32)
+            attacked = _inside(found.images[shown], images[shown])
             arrays: Arrays = {"row": part, "image": attacked}
             arrays |= judged(self.target, task, images, labels, found)
             return arrays | {"seconds": np.array([time.perf_counter() - started])}
