@@ -315,10 +315,14 @@ def test_training_images_are_refused(tmp_path: Path) -> None:
         evaluated(folder, tmp_path / "out", attack())
 
 
-def test_images_without_labels_or_of_another_size_are_refused(other_folder: Path, tmp_path: Path) -> None:
+def test_images_without_labels_too_few_or_of_another_size_are_refused(
+    other_folder: Path, tmp_path: Path
+) -> None:
     bare = replace(colours(), labels=None)
     with pytest.raises(DataError, match="has no labels"):
         evaluate(other_folder, bare, tmp_path / "out", [], SETTINGS, provider="cpu", silent=True)
+    with pytest.raises(DataError, match="1 of its images would be evaluated; expected at least 2"):
+        evaluated(other_folder, tmp_path / "out", attack(), images=1)
     small = replace(colours(), images=colours().images[:, :4])
     with pytest.raises(DataError, match="images are 3 x 4 x 8, the model"):
         evaluate(other_folder, small, tmp_path / "out", [], SETTINGS, provider="cpu", silent=True)

@@ -161,7 +161,7 @@ def evaluate(
     bundle, data, scores, images and seed is kept and not computed again. `twin` is the digest of the network
     that attacks of transfer are made on.
 
-    Raises `DataError` for data without labels, of another shape, or that the model was trained on,
+    Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
     `UsageError` where `out` holds something else, `BundleError` for the bundle, and what `Detector` raises.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
@@ -261,6 +261,11 @@ class _Run:
                 self.found.path,
             )
         self.index = _images(dataset, self.calibration, settings, same=self.same_data)
+        if len(self.index) < 2:
+            raise DataError(
+                f"{dataset.name}: {len(self.index)} of its images would be evaluated; expected at least 2. "
+                "Give more images, or --images a larger number."
+            )
         self.labels: Labels = _labels(dataset)[self.index]
         self.clean: Arrays = {}
         self.finished: list[Finished] = []
