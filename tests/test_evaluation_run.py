@@ -364,6 +364,23 @@ def test_an_attack_whose_file_is_lost_or_broken_is_run_again(
     assert again.standing == first.standing
 
 
+def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: Path, tmp_path: Path) -> None:
+    def interrupted(*given: Any) -> Found:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    first = evaluated(other_folder, out, attack(budgets=(2.0,)))
+    assert first.radii
+    assert first.checks
+    later = attack(name="later-l2", budgets=(3.0,)), attack(interrupted, name="last-l2", passes=20)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(other_folder, out, *later)
+    stopped = load(out)
+    assert [one.name for one in stopped.attacks] == ["straight-l2", "later-l2"]
+    assert stopped.radii == []
+    assert stopped.checks == []
+
+
 def test_other_settings_are_refused(other_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluated(other_folder, out, attack())

@@ -341,7 +341,6 @@ class _Run:
                 f"--out {self.out}: holds attacks made on another twin: {_short(*twins)}, now "
                 f"{_short(self.twin)}. Choose another folder."
             )
-        self.checks, self.radii = results.checks, results.radii
         log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
 
     def _stages(self, name: str, progress: Progress, **more: object) -> Stages:
