@@ -381,13 +381,18 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     assert stopped.checks == []
 
 
-def test_other_settings_are_refused(other_folder: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused(
+    other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     evaluated(other_folder, out, attack())
     with pytest.raises(UsageError, match=r"holds an evaluation with other seed: 0, now 1. Choose another"):
         evaluated(other_folder, out, attack(), seed=1)
     with pytest.raises(UsageError, match="with other images: 20, now 7"):
         evaluated(other_folder, out, attack(), images=7)
+    monkeypatch.setattr("guard.evaluation.run.VERSION", 2)
+    with pytest.raises(UsageError, match="with other version: 1, now 2"):
+        evaluated(other_folder, out, attack())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UsageError, match="holds files but no evaluation"):

@@ -63,8 +63,8 @@ from guard.stages import PIECE, Arrays, Stages
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Raised whenever pieces come to hold something else: those of an interrupted run of another version are not
-taken."""
+"""Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
+not mixed with."""
 
 DEAR = 5000
 """Passes per image from which an attack is dear: it gets fewer images."""
@@ -297,6 +297,7 @@ class _Run:
         """What another run must share for its attacks to be kept."""
         settings = self.settings
         return {
+            "version": VERSION,
             "model": self.found.digest,
             "calibration": self.found.manifest.files[bundles.CALIBRATION],
             "data": self.dataset.digest,
@@ -344,7 +345,7 @@ class _Run:
         log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
 
     def _stages(self, name: str, progress: Progress, **more: object) -> Stages:
-        key = {"version": VERSION, "graph": GRAPH_VERSION, "name": name, **self._identity(), **more}
+        key = {"graph": GRAPH_VERSION, "name": name, **self._identity(), **more}
         return Stages(self.out, key, progress, doing="evaluating")
 
     # --- the target and its clean images
