@@ -399,6 +399,17 @@ def test_other_settings_are_refused(
         evaluated(other_folder, tmp_path / "mine", attack())
 
 
+def test_an_attack_of_the_same_name_with_other_settings_is_refused(
+    other_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluated(other_folder, out, attack(partial(straight, moved=2.0)))
+    with pytest.raises(
+        UsageError, match=r"holds straight-l2 with other moved: 2.0, now 3.0\. Choose another"
+    ):
+        evaluated(other_folder, out, attack(partial(straight, moved=3.0)))
+
+
 def test_attacks_made_on_another_network_keep_to_it(other_folder: Path, tmp_path: Path) -> None:
     tasks = tasks_of([attack(name="transfer-l2", knowledge="another network")])
     given = (other_folder, colours(), tmp_path / "out", tasks, SETTINGS)

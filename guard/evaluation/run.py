@@ -277,8 +277,10 @@ class _Run:
         self._take_up()
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
-        done = {(one.result.name, one.result.budget) for one in (*self.finished, *self.denied)}
+        done = {(one.result.name, one.result.budget): one.result for one in (*self.finished, *self.denied)}
         asked = {(task.attack.name, task.budget): task for task in tasks}
+        for key in asked.keys() & done.keys():
+            self._compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
         passes = {task.file: self._count(task) * task.attack.passes for task in left}
         last = self._last_passes()
@@ -343,6 +345,15 @@ class _Run:
                 f"{_short(self.twin)}. Choose another folder."
             )
         log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
+
+    def _compare(self, attack: Attack, before: AttackResult) -> None:
+        """Raises where a finished attack of this name has other settings."""
+        for name, value in _keywords(attack.run).items():
+            if before.settings.get(name) != value:
+                raise UsageError(
+                    f"--out {self.out}: holds {attack.name} with other {name}: "
+                    f"{_short(before.settings.get(name))}, now {_short(value)}. Choose another folder."
+                )
 
     def _stages(self, name: str, progress: Progress, **more: object) -> Stages:
         key = {"graph": GRAPH_VERSION, "name": name, **self._identity(), **more}
@@ -467,7 +478,8 @@ class _Run:
             return arrays | {"seconds": np.array([time.perf_counter() - started])}
 
         twin = {"twin": self.twin} if attack.knowledge == "another network" else {}
-        with self._stages(task.file, progress, passes=attack.passes, **twin) as stages:
+        keywords = _keywords(attack.run)
+        with self._stages(task.file, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size)
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
@@ -477,7 +489,7 @@ class _Run:
                 "unconfirmed": unconfirmed,
                 "command": self.command,
                 **twin,
-                **_keywords(attack.run),
+                **keywords,
             }
             result = self._result(task, arrays, seconds, details)
             _save(self.out / task.file, arrays)
