@@ -51,10 +51,10 @@ CLEAN = ("index", "label", "image", *MEASURED)
 ARRAYS = ("row", "success", "wrong", "distance", "l2", "linf", "passes", "image", *MEASURED)
 """`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it,
 where the served decision confirms it; `wrong` (n,): the image it returned, whatever it says of it, is
-predicted as another class; `distance` (n,) in the attack's own measure, inf: failed; `l2`, `linf` (n,) of the
-perturbation; `passes` (n,) forward passes spent on each image; `image` float32 the attacked ones of the rows
-below `GALLERY`; measurements of the attacked image (n, ...), NaN where it is neither a success nor wrong; and
-`accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there)."""
+predicted as another class; `distance` (n,) as measured in its norm, else in the attack's own measure, inf:
+failed; `l2`, `linf` (n,) of the perturbation; `passes` (n,) forward passes spent on each image; `image`
+float32 the attacked ones of the rows below `GALLERY`; measurements of the attacked image (n, ...), NaN where
+it is neither a success nor wrong; and `accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there)."""
 
 ROUNDING = 1e-6
 """How far beyond its budget, relatively or in pixel values, float32 may have carried a perturbation."""
@@ -81,8 +81,10 @@ class Detection(Record):
 
 
 class AttackResult(Record):
-    """One attack at one budget (None: nearest). Shares are of the images it was run on: those classified
-    rightly, less, for `aware` attacks, those that the guard rejects already.
+    """One attack at one budget (None: nearest). Shares are of the n images it was run on: those classified
+    rightly, less, for `aware` attacks, those that the guard rejects already, and less those of
+    `settings["skipped"]`, which cheaper attacks had broken: of a dear attack that knows the detector the
+    share is one of what was left, the harder images.
     """
 
     name: str
@@ -107,9 +109,11 @@ class Standing(Record):
     """Robust accuracy with rejection at a budget: of all n images, those that are accepted and right when
     clean, and for which no attack of the run found an accepted image of another class within the budget.
 
-    `fallen` counts, by attack, the images that it brought down, whatever others did; `worst` is the first of
-    them; `clean` is the share that is accepted and right without attack. Where dear attacks were run on fewer
-    images, `complete` is the same share among the first images, on which all were run.
+    `fallen` counts, by attack, the images that it brought down, of those it was run on, whatever others did;
+    `worst` is the first of them, which need not be the strongest where others were run on fewer images;
+    `clean` is the share that is accepted and right without attack. Where dear attacks were run on fewer
+    images, `standing` counts the rest as if they had failed there, and `complete` is the same share among the
+    first images, on which all were run.
     """
 
     score: ScoreName
