@@ -527,7 +527,8 @@ def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset,
     def ascent(target: Target, images: Floats, labels: Labels, budget: Any, seed: int) -> Found:
         return pgd(target.model, images, labels, budget, norm="linf", clip=True, seed=seed)
 
-    settings = Settings(scores=("radius", "combined"), budgets={"linf": (0.2,)}, images=60, quick=True)
+    scores: tuple[ScoreName, ...] = ("radius", "combined", "radius")
+    settings = Settings(scores=scores, budgets={"linf": (0.2,)}, images=60, quick=True)
     tasks = [Task(attack(ascent, name="ascent-linf", norm="linf"), 0.2)]
     results = evaluate(
         calibrated, noise, tmp_path / "out", tasks, settings, provider="cpu", threads=1, silent=True

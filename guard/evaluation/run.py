@@ -244,8 +244,7 @@ class _Run:
         self.command, self.arguments = command, arguments
         self.policy = Policy.from_environment()
         served = self.calibration.score
-        chosen = settings.scores or (served,)
-        self.scores: list[ScoreName] = [served, *(score for score in chosen if score != served)]
+        self.scores: list[ScoreName] = list(dict.fromkeys((served, *settings.scores)))
         _check(dataset, self.found)
         self.same_data = self.calibration.data.get("digest") == dataset.digest
         if not self.same_data:
