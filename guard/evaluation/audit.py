@@ -145,10 +145,10 @@ def random_omega(
 ) -> OmegaTable:
     """SCALE's modulus of continuity from random perturbations alone, an ablation: far too small.
 
-    `images` (B, C, H, W) are those of the fold that omega was fitted to. Same bins, grid and fit as the
-    served table, but instead of ascent `DIRECTIONS` random directions per image, and the remainder against
-    <v, ∇l(x)> (SCALE eq. 5). Costs `DIRECTIONS` passes per point of the grid. Status: estimate, of radii
-    known to be too large.
+    `images` (B, C, H, W) are those of the fold that omega was fitted to. Grid, fit and size of bins are
+    the served table's, but instead of ascent `DIRECTIONS` random directions per image, and the remainder
+    against <v, ∇l(x)> (SCALE eq. 5). Costs `DIRECTIONS` passes per point of the grid. Status: estimate, of
+    radii known to be too large.
     """
     generator = np.random.default_rng([seed, NORMS.index(norm)])
     base = fitting.base_of(model, images, norm)
