@@ -407,6 +407,8 @@ def onto_boundary(
         points = images[rows] + column(middle) * (best[rows] - images[rows])
         flipped = model.logits(points).argmax(axis=1) != labels[rows]
         high, low = np.where(flipped, middle, high), np.where(flipped, low, middle)
+    # What did not move stays as it is: an end computed anew may differ in its last digits, and be right.
+    rows, high = rows[high < 1], high[high < 1]
     best[rows] = images[rows] + column(high) * (best[rows] - images[rows])
     return best
 

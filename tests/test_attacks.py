@@ -160,6 +160,25 @@ def test_clipped_attacks_stay_in_the_cube_and_succeed_less_often() -> None:
     assert deep.images.max() <= 1
 
 
+class Needle(Quadratic):
+    """Class 1 at these images alone, to the last digit."""
+
+    def __init__(self, wrong: Floats) -> None:
+        super().__init__(np.zeros(12))
+        self.wrong = wrong
+
+    def logits(self, images: Floats) -> Floats:
+        there = (images[:, None] == self.wrong).all(axis=(2, 3, 4)).any(axis=1)
+        return np.stack([np.zeros(len(images)), 2.0 * there - 1], axis=1).astype(np.float32)
+
+
+def test_what_cannot_be_moved_to_the_boundary_is_returned_to_the_last_digit() -> None:
+    images, wrong = networks.images(40, SHAPE)[:20] / 3, networks.images(40, SHAPE)[20:] ** 2
+    assert (images + (wrong - images) != wrong).any(axis=(1, 2, 3)).any(), "rounding would change some"
+    found = attacks.onto_boundary(Needle(wrong), images, wrong, np.zeros(20, np.int64), np.ones(20, np.bool_))
+    assert np.array_equal(found, wrong)
+
+
 def test_an_image_of_another_class_is_at_distance_zero() -> None:
     detector, _ = linear_detector()
     images = networks.images(5, SHAPE)
