@@ -173,6 +173,30 @@ def test_descent_is_minus_the_gradient_of_what_is_exceeded(score: ScoreName) -> 
     assert np.any(fits, axis=0).all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_least_radius_is_followed_with_the_slope_that_is_served(norm: Norm) -> None:
+    # Behind the third class at a typical slope lies most of what makes these radii small.
+    weight = 4 * np.random.default_rng(5).normal(size=(4, 12)).astype(np.float32)
+    model = networks.linear(weight, shape=SHAPE)
+    policy = Policy(min_radius_l2=9.0) if norm == "l2" else Policy(min_radius_linf=9.0)
+    radii = guard_of(model, "jacobian", 1e6).calibration.radii(norm).model_copy(update={"slope": 60.0})
+    guard = guard_of(model, "jacobian", 1e6, policy=policy, **{norm: radii})
+    target = target_of(guard)
+    images = networks.images(40, SHAPE)
+    images = images[guard.measure(images).margin > 1][:8]
+    labels = np.zeros(len(images), np.int64)
+    judged = adaptive.judge(target, images, labels, "jacobian")
+    assert set(judged.worst) == {f"min-radius-{norm}"}
+    down = adaptive.descent(guard.detector, images, judged, np.arange(len(images)))
+    along = np.asarray(np.random.default_rng(2).standard_normal(images.shape), np.float32)
+    ahead, behind = (
+        adaptive.judge(target, images + np.float32(side * 2e-3) * along, labels, "jacobian").excess
+        for side in (1, -1)
+    )
+    slope = -(down.astype(np.float64) * along).sum(axis=(1, 2, 3))
+    assert slope == pytest.approx((ahead - behind) / 4e-3, rel=0.05, abs=0.05)
+
+
 def test_only_the_less_likely_class_evades_a_planted_detector() -> None:
     # Along the first pixel: class 1 begins at 0.9, and the box ends before it is deep; class 2 begins at 0.6,
     # with room below. The first-order radius asked for is 0.15.

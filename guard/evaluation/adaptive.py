@@ -33,6 +33,7 @@ from guard.attacks import (
     steepest,
 )
 from guard.bundle import ScoreName
+from guard.certificate import effective_slope
 from guard.decision import Guard
 from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
@@ -48,6 +49,9 @@ LONGEST = 0.99
 
 OUTWARD = (1.02, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 """Multiples of the distance to the nearest wrong image at which accepted ones are looked for."""
+
+RADIUS_TESTS: dict[str, Norm] = {"min-radius-l2": "l2", "min-radius-linf": "linf"}
+"""The tests for a least radius, by the names that `exceeded` gives them."""
 
 FLOOR: dict[Norm, float] = {"l2": 0.02, "linf": 0.001}
 """The distance taken for images that are wrong without attack."""
@@ -87,11 +91,12 @@ DEEP = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdicts on B images against their true classes: `wrong`, and `success`: wrong and accepted.
+    """The guard's verdicts on B images against their true classes: `wrong`, and `success`: wrong and accepted.
 
     `excess` (B,) is the logarithm of how far the test that fails by most is exceeded, `worst` its name.
     """
 
+    guard: Guard
     verdict: Verdict
     wrong: Flags
     success: Flags
@@ -102,10 +107,12 @@ class Judged:
 def judge(target: Target, images: Floats, labels: Labels, score: ScoreName) -> Judged:
     """The served decisions on images (B, C, H, W), B >= 1, of true classes (B,)."""
     verdict = target.verdict(images, score)
-    tests = exceeded(target.guards[score], verdict)
+    guard = target.guards[score]
+    tests = exceeded(guard, verdict)
     ratios = np.array(list(tests.values()))
     wrong = verdict.labels != labels
     return Judged(
+        guard,
         verdict,
         wrong,
         wrong & verdict.accepted,
@@ -127,9 +134,7 @@ def exceeded(guard: Guard, verdict: Verdict) -> dict[str, Values]:
         found = {
             name: np.log(score_of(verdict.measurement, name) / threshold) for name, threshold in tests.items()
         } | {
-            f"min-radius-{norm}": np.log(least[norm] / radius)
-            for norm, radius in verdict.radii.items()
-            if least[norm]
+            name: np.log(least[norm] / verdict.radii[norm]) for name, norm in RADIUS_TESTS.items() if least[norm]
         }
     return {name: np.where(np.isnan(values), np.inf, values) for name, values in found.items()}
 
@@ -139,8 +144,8 @@ def descent(model: Classifier, images: Floats, judged: Judged, rows: NDArray[np.
     W), the classes held fixed.
 
     Scores: of the Jacobian, the row that is the longest, log p_i ||u_i||; log ||∇M||₂ - log M of the
-    first-order radius; log ||∇M||₂ - log(1 + cosh M) of the margin gradient. A least radius, decided by the
-    ω-bound, follows the first-order radius M / ||∇M|| of its norm: for linf the l1 norm of the gradient.
+    first-order radius; log ||∇M||₂ - log(1 + cosh M) of the margin gradient. A least radius, of whatever
+    kind, follows the first-order radius of its norm with the slope that is served (`effective_slope`).
     """
     down = np.zeros_like(images[rows])
     for name in np.unique(judged.worst[rows]):
@@ -149,8 +154,10 @@ def descent(model: Classifier, images: Floats, judged: Judged, rows: NDArray[np.
         if name in ("jacobian", "jacobian-full"):
             down[at] = _row_descent(model, points, measured)
             continue
-        norm: Norm = "linf" if name == "min-radius-linf" else "l2"
-        margin = growth(model, points, measured.labels, "margin", norm=norm)
+        if name in RADIUS_TESTS:
+            down[at] = _radius_descent(model, judged.guard, points, measured, RADIUS_TESTS[name])
+            continue
+        margin = growth(model, points, measured.labels, "margin")
         size = measured.margin.astype(np.float64)
         # minus the derivative of the score's logarithm by M, with the gradient's length held fixed
         fall = np.tanh(size / 2) if name == "margin-gradient" else 1 / np.maximum(size, 1e-6)
@@ -174,6 +181,27 @@ def _row_descent(model: Classifier, images: Floats, measured: Measurement) -> Fl
         if not len(left):
             break
     return down
+
+
+def _radius_descent(
+    model: Classifier, guard: Guard, images: Floats, measured: Measurement, norm: Norm
+) -> Floats:
+    """The gradient of the logarithm of ρ = M / √(g² + (typical M / M3)²), g = ||∇M|| in the dual norm and M3
+    the lead over the third class: with w = (ρ g / M)², that is w (∇M / M - ∇g / g) + (1 - w) ∇M3 / M3.
+    """
+    margin = growth(model, images, measured.labels, "margin", norm=norm)
+    up = margin.descent * column(1 / np.maximum(measured.margin, 1e-6)) - margin.log_length
+    typical = guard.calibration.radii(norm).slope
+    if typical == 0 or measured.logits.shape[1] < 3:
+        return up
+    size = (measured.gradient_l2 if norm == "l2" else measured.gradient_l1).astype(np.float64)
+    share = (size / np.maximum(effective_slope(measured.logits, size, typical), TINY)) ** 2
+    index, order = np.arange(len(images)), np.argsort(-measured.logits, axis=1, kind="stable")
+    cotangents = np.zeros_like(measured.logits)
+    cotangents[index, order[:, 0]], cotangents[index, order[:, 2]] = 1, -1
+    lead = (measured.logits * cotangents).sum(axis=1)
+    third = model.vjp(images, cotangents) * column(1 / np.maximum(lead, 1e-6))
+    return np.asarray(column(share) * up + column(1 - share) * third, np.float32)
 
 
 def others(logits: Floats, labels: Labels, place: int = 1) -> Labels:
