@@ -134,6 +134,11 @@ def random_directions(shape: tuple[int, ...], norm: Norm, generator: np.random.G
     return steepest(generator.standard_normal(shape, dtype=np.float32), norm)
 
 
+def falling(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:
+    """Step lengths (B,), falling linearly from eps to eps / 10."""
+    return eps * (1.0 - 0.9 * step / max(1, steps - 1))
+
+
 def pgd(
     model: Differentiable,
     images: Floats,
@@ -193,7 +198,7 @@ def pgd(
             logits, values, gradient = model.loss_gradient(points, labels[rows], loss)
             keep(rows, points, logits, values)
             if step < steps:
-                far = _rate(budget[rows], step, steps) if rate is None else rate * budget[rows]
+                far = falling(budget[rows], step, steps) if rate is None else rate * budget[rows]
                 shift = project(
                     points - images[rows] + column(far) * steepest(gradient, norm), budget[rows], norm
                 )
@@ -466,7 +471,7 @@ def largest_remainder(
             better = remainder > value
             value[better], shift[better] = remainder[better], here[better]
             if step < steps:
-                here = project(here + column(_rate(eps, step, steps)) * steepest(uphill, norm), eps, norm)
+                here = project(here + column(falling(eps, step, steps)) * steepest(uphill, norm), eps, norm)
     return Remainder(value, shift, slope)
 
 
@@ -525,7 +530,7 @@ def longest_row(
     for step in range(steps):
         row = growth(model, points, index, "cross-entropy")
         best = np.fmax(best, length(row.descent, "l2"))
-        moved = points - images + column(_rate(budget, step, steps)) * steepest(row.log_length, "l2")
+        moved = points - images + column(falling(budget, step, steps)) * steepest(row.log_length, "l2")
         points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
     return np.fmax(best, length(model.loss_gradient(points, index, "cross-entropy")[2], "l2"))
 
@@ -557,11 +562,6 @@ def hide_row(model: Differentiable, images: Floats, eps: float, *, steps: int = 
         better = value > best_value
         best[better], best_value[better] = points[better], value[better]
         pull = pulls[2] - np.where(first.reshape(-1, 1, 1, 1), pulls[0], pulls[1])
-        moved = points - images + column(_rate(budget, step, steps)) * steepest(pull, "l2")
+        moved = points - images + column(falling(budget, step, steps)) * steepest(pull, "l2")
         points = np.clip(images + project(moved, budget, "l2"), 0.0, 1.0)
     return best
-
-
-def _rate(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:
-    """Step lengths (B,), falling linearly from eps to eps / 10."""
-    return eps * (1.0 - 0.9 * step / max(1, steps - 1))

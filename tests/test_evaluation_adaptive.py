@@ -300,5 +300,5 @@ def test_attacks_run_in_their_one_shape() -> None:
             assert found.images.dtype == np.float32
             nothing = attack.run(target_of(guard), images[:0], labels[:0], budget, 0)
             assert len(nothing.images) == 0
-    with pytest.raises(ValueError, match="needs a budget"):
+    with pytest.raises(ValueError, match="budget is None"):
         ATTACKS[0].run(target_of(guard), images, labels, None, 0)

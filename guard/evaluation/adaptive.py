@@ -25,6 +25,7 @@ from guard.attacks import (
     Loss,
     Norm,
     column,
+    falling,
     growth,
     length,
     minimum_norm,
@@ -35,7 +36,7 @@ from guard.attacks import (
 from guard.bundle import ScoreName
 from guard.certificate import effective_slope
 from guard.decision import Guard
-from guard.evaluation.attack import BUDGETS, Attack
+from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
 from guard.runtime import Measurement, score_of
 
@@ -276,7 +277,7 @@ def _ascend(
             uphill = model.loss_gradient(points, labels, start.loss)[2]
         else:
             uphill = -model.loss_gradient(points, aims, start.loss)[2]
-        points = _moved(images, points, uphill, _falling(eps, step, steps), eps, norm)
+        points = _moved(images, points, uphill, falling(eps, step, steps), eps, norm)
     return points, aims
 
 
@@ -284,10 +285,6 @@ def _moved(images: Floats, points: Floats, pull: Floats, rate: Values, eps: Valu
     """Points after a step of length `rate` along the pull, inside the ball and the box."""
     shift = project(points - images + column(rate) * steepest(pull, norm), eps, norm)
     return np.asarray(np.clip(images + shift, 0.0, 1.0), np.float32)
-
-
-def _falling(eps: Values, step: int, steps: int) -> Values:
-    return eps * (1.0 - 0.9 * step / max(1, steps - 1))
 
 
 def _pull(model: Classifier, points: Floats, judged: Judged, aims: Labels, weight: Values) -> Floats:
@@ -379,7 +376,7 @@ def _lower(
         weight[rows] = np.where(judged.wrong, np.minimum(0.9, weight[rows] + 0.1), weight[rows] / 2)
         pull = _pull(target.model, here, judged, aimed, weight[rows])
         if not adaptive:
-            length_ = _falling(eps[rows] / 2, step, steps)
+            length_ = falling(eps[rows] / 2, step, steps)
             points[rows] = _moved(images[rows], here, pull, length_, eps[rows], norm)
             continue
         ahead = _moved(images[rows], here, pull, rate[rows], eps[rows], norm)
@@ -588,7 +585,7 @@ def deny(
                 break
             pull = -descent(target.model, points, judged, np.flatnonzero(on))
             rows, points = rows[on], points[on]
-            rate = _falling(budget[rows] / 2, step, steps)
+            rate = falling(budget[rows] / 2, step, steps)
             points = _moved(images[rows], points, pull, rate, budget[rows], norm)
     rows = np.flatnonzero(kept.success)
     if len(rows):
@@ -666,9 +663,7 @@ def _within(
     method: str, title: str, attack: Budgeted, score: ScoreName, norm: Norm, *, passes: int, source: str
 ) -> Attack:
     def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
-        if budget is None:
-            raise ValueError(f"{named(method, score, norm)} needs a budget")
-        return attack(target, images, labels, budget, score=score, norm=norm, seed=seed)
+        return attack(target, images, labels, bound(budget), score=score, norm=norm, seed=seed)
 
     return Attack(
         name=named(method, score, norm),
@@ -783,9 +778,7 @@ def transfer_attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> 
                 norm: Norm = norm,
                 score: ScoreName | None = score,
             ) -> Found:
-                if budget is None:
-                    raise ValueError(f"transfer-{norm} needs a budget")
-                return transfer(twin, target, images, labels, budget, norm=norm, score=score, seed=seed)
+                return transfer(twin, target, images, labels, bound(budget), norm=norm, score=score, seed=seed)
 
             attacks.append(
                 Attack(

@@ -27,7 +27,7 @@ from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.errors import GuardError
 from guard.evaluation.adaptive import JUDGED, SCORES, judge, named
-from guard.evaluation.attack import BUDGETS, Attack
+from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.target import Target
 
 if TYPE_CHECKING:
@@ -354,9 +354,7 @@ def walk(
     searches: list[Search] = []
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         if method == "scores":
-            if eps is None:
-                raise ValueError("a search by scores needs a budget")
-            searches.append(score_walk(image, int(label), norm, eps, (seed, number)))
+            searches.append(score_walk(image, int(label), norm, bound(eps), (seed, number)))
         else:
             donors = [images[other] for other in np.flatnonzero(labels != label)[:8]]
             searches.append(decision_walk(image, int(label), norm, (seed, number), donors))
