@@ -89,6 +89,19 @@ def test_a_least_radius_is_met_by_going_deeper(norm: Norm, adapt: bool) -> None:
     assert adaptive.joint(target_of(guard), images, labels, 1.02 * exact, steps=5, **options).success.all()
 
 
+def test_a_wrong_image_on_the_boundary_is_kept_before_a_right_one() -> None:
+    # Equal logits: class 0 is predicted, the margin is 0 and the inverse of the radius infinite.
+    guard = guard_of(networks.linear(np.eye(2, 12, dtype=np.float32), shape=SHAPE), "radius", 1.0)
+    images = np.zeros((2, *SHAPE), np.float32)
+    images[1, 0, 0, 1] = 1.0
+    labels = np.array([1, 1])
+    judged = adaptive.judge(target_of(guard), images, labels, "radius")
+    assert judged.wrong.tolist() == [True, False]
+    assert np.isinf(judged.excess[0])
+    merit = adaptive._merit(judged, judged.verdict.measurement.logits, np.array([0, 0]))
+    assert merit[0] > merit[1]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("score", ["jacobian", "radius"])
 def test_nearest_accepted_image_lies_at_the_known_distance(score: ScoreName, norm: Norm) -> None:

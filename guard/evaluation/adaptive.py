@@ -92,7 +92,7 @@ DEEP = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The guard's verdicts on B images against their true classes: `wrong`, and `success`: wrong and accepted.
+    """The guard's verdicts on B images of known classes: `wrong`, and `success`: wrong and accepted.
 
     `excess` (B,) is the logarithm of how far the test that fails by most is exceeded, `worst` its name.
     """
@@ -135,7 +135,9 @@ def exceeded(guard: Guard, verdict: Verdict) -> dict[str, Values]:
         found = {
             name: np.log(score_of(verdict.measurement, name) / threshold) for name, threshold in tests.items()
         } | {
-            name: np.log(least[norm] / verdict.radii[norm]) for name, norm in RADIUS_TESTS.items() if least[norm]
+            name: np.log(least[norm] / verdict.radii[norm])
+            for name, norm in RADIUS_TESTS.items()
+            if least[norm]
         }
     return {name: np.where(np.isnan(values), np.inf, values) for name, values in found.items()}
 
@@ -246,7 +248,8 @@ class Kept:
 
 def _merit(judged: Judged, logits: Floats, aims: Labels) -> Values:
     """Wrong before right; of wrong ones the smallest excess, of right ones the largest margin aimed at."""
-    found = np.where(judged.wrong, 1e6 - np.nan_to_num(judged.excess), margin_of(logits, aims))
+    # An excess may be infinite, beside a boundary.
+    found = np.where(judged.wrong, 1e6 - np.clip(judged.excess, -1e5, 1e5), margin_of(logits, aims))
     return np.asarray(found, np.float64)
 
 
@@ -778,7 +781,8 @@ def transfer_attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> 
                 norm: Norm = norm,
                 score: ScoreName | None = score,
             ) -> Found:
-                return transfer(twin, target, images, labels, bound(budget), norm=norm, score=score, seed=seed)
+                eps = bound(budget)
+                return transfer(twin, target, images, labels, eps, norm=norm, score=score, seed=seed)
 
             attacks.append(
                 Attack(
