@@ -129,13 +129,14 @@ def test_a_search_stops_at_its_budget_of_queries_and_keeps_the_nearest() -> None
 
     counting = Counting(planted)
     found = over_http.attack(counting, [search()], image, np.array([0]), norm="l2", queries=5)
-    assert found.queries.tolist() == [5]
+    assert (found.queries.tolist(), found.first.tolist()) == ([5], [1])
     assert len(counting.asked) == 5
     assert (found.uploads[0] == near).all()
     within = over_http.attack(planted, [search()], image, np.array([0]), norm="l2", queries=5, eps=1.0)
-    assert (within.success.tolist(), within.queries.tolist()) == ([True], [2])
+    assert (within.success.tolist(), within.queries.tolist(), within.first.tolist()) == ([True], [2], [2])
     short = over_http.attack(planted, [search()], image, np.array([0]), norm="l2", queries=5, eps=0.9)
     assert not short.success.any()
+    assert short.first.tolist() == [5]
 
 
 def test_one_that_finds_no_start_gives_up() -> None:
@@ -203,3 +204,5 @@ def test_attacks_have_their_one_shape(guard: Guard) -> None:
     found = attack.run(Target(guard.detector, {"jacobian": guard}), images, labels, 0.3, 0)
     assert found.success.all()
     assert (found.distance <= 0.3 * (1 + 1e-5)).all()
+    assert found.passes is not None
+    assert (found.passes < attack.passes).all(), "what was asked, not what might have been"

@@ -128,11 +128,14 @@ def in_process(guard: Guard) -> Iterator[Query]:
 
 @dataclass(frozen=True)
 class Walked:
-    """The nearest uploads that broke B images (B, C, H, W), if any did (B,), and queries spent (B,)."""
+    """The nearest uploads that broke B images (B, C, H, W), if any did (B,), queries spent (B,), and those of
+    them until the first success (B,; all where there was none).
+    """
 
     uploads: Upload
     success: NDArray[np.bool_]
     queries: NDArray[np.int64]
+    first: NDArray[np.int64]
 
 
 def attack(
@@ -150,6 +153,7 @@ def attack(
     """
     uploads = np.stack([rounded(image) for image in images]) if len(images) else images.astype(np.uint8)
     nearest, spent = np.full(len(images), np.inf), np.zeros(len(images), np.int64)
+    first = np.zeros(len(images), np.int64)
     limit = np.inf if eps is None else eps * ROUNDING
     wanted = {number: next(search) for number, search in enumerate(searches)}
     while wanted:
@@ -160,6 +164,7 @@ def attack(
             got = [next(answers) for _ in batch]
             spent[n] += len(batch)
             for upload, answer in zip(batch, got, strict=True):
+                first[n] += np.isinf(nearest[n]) or nearest[n] > limit
                 far = size(floats(upload) - images[n], norm)
                 if broken(answer, labels[n]) and far < nearest[n]:
                     uploads[n], nearest[n] = upload, far
@@ -169,7 +174,7 @@ def attack(
                 wanted[n] = searches[n].send(got)
             except StopIteration:
                 continue
-    return Walked(uploads, np.isfinite(nearest) & (nearest <= limit), spent)
+    return Walked(uploads, np.isfinite(nearest) & (nearest <= limit), spent, first)
 
 
 def broken(answer: Answer, label: int) -> bool:
@@ -371,7 +376,7 @@ def _attack(method: Method, score: ScoreName, norm: Norm) -> Attack:
         if len(rows):
             success[rows] = judge(target, attacked[rows], labels[rows], score).success
         distance = np.array([size(shift, norm) for shift in attacked - images])
-        return Found(attacked, success, np.where(success, distance, np.inf))
+        return Found(attacked, success, np.where(success, distance, np.inf), JUDGED * found.first)
 
     return Attack(
         name=named(f"http-{method}", score, norm),
