@@ -308,7 +308,7 @@ def nearest(
         nearer = found.distance < best.distance[rows]
         best.images[rows[nearer]] = found.images[nearer]
         best.success[rows[nearer]], best.distance[rows[nearer]] = True, found.distance[nearer]
-    return best
+    return Found(best.images, best.success, best.distance)
 
 
 def _nearest_towards(

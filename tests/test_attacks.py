@@ -116,6 +116,7 @@ def test_nearest_also_sees_classes_that_do_not_lead(norm: Norm, classes: int) ->
     assert attacks.length(found.images - images, norm) == pytest.approx(found.distance)
     alone = attacks.minimum_norm(detector, images, labels, norm=norm, steps=30)
     assert (found.distance <= alone.distance).all()
+    assert found.passes is None, "the first ascent's are not all"
 
 
 @pytest.mark.parametrize("norm", NORMS)
