@@ -11,9 +11,12 @@ from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.evaluation import adaptive
 from guard.evaluation.adaptive import ATTACKS, JOINT, OVER_REJECTION, SCORES, Start
+from guard.evaluation.target import Target
+from guard.runtime import Measurement
 from guard.settings import Policy
 from tests import networks
 from tests.guards import guard_of, target_of
+from tests.test_evaluation_gradient import Counting
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
 SHAPE = (1, 3, 4)
@@ -300,6 +303,31 @@ def test_every_score_and_norm_has_its_attacks() -> None:
         assert attack.name.endswith(f"-{attack.norm}")
     for score in SCORES:
         assert {attack.norm for attack in ATTACKS if attack.aware == score} == set(NORMS)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_attacks_cost_is_never_above_what_is_registered(
+    norm: Norm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Deeper in a class than any image lies: all turn wrong, none is accepted, and no attack ends early.
+    guard, w, _ = two_classes("radius")
+    monkeypatch.setattr(guard, "calibration", guard.calibration.model_copy(update={"threshold": 1e-3}))
+    counting = Counting(guard.detector)
+    images, labels, _ = batch(w, 1)
+    measure = guard.measure
+
+    def measured(some: Floats) -> Measurement:
+        counting.passes += adaptive.JUDGED * len(some)
+        return measure(some)
+
+    monkeypatch.setattr(guard, "measure", measured)
+    for attack in ATTACKS:
+        if attack.aware == "radius" and attack.norm == norm:
+            counting.passes = 0
+            target = Target(counting, {"radius": guard})
+            found = attack.run(target, images, labels, None if attack.budgets is None else 1.0, 0)
+            assert not found.success.any()
+            assert 0.6 * attack.passes < counting.passes <= attack.passes, attack.name
 
 
 def test_attacks_run_in_their_one_shape() -> None:

@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.attacks import (
+    BISECTIONS,
+    FORWARD,
+    GRADIENT,
     TINY,
     Floats,
     Found,
@@ -638,6 +641,19 @@ def transfer(
     return Found(kept.images, kept.success, distance)
 
 
+JUDGED = 5
+"""Forward passes that a verdict costs, of two rows; few images take more."""
+PULLED = 4 * GRADIENT
+"""The same of a step's direction: the margin's gradient, a row's, and two more either side."""
+
+
+def _joint_passes(starts: Sequence[Start], steps: int, deep_steps: int) -> int:
+    """The cost of `joint` for an image that withstands every start."""
+    outward = (deep_steps + 1) * GRADIENT + BISECTIONS * FORWARD
+    deep = sum(outward if start.outward else deep_steps * GRADIENT + FORWARD for start in starts)
+    return deep + len(starts) * ((steps + 1) * JUDGED + steps * PULLED) + JUDGED
+
+
 class Budgeted(Protocol):
     """An attack within a budget, its score and norm bound later."""
 
@@ -682,8 +698,6 @@ def _within(
 
 
 def _nearest(score: ScoreName, norm: Norm) -> Attack:
-    step = JUDGED + PULLED
-
     def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
         del budget
         return nearest_accepted(target, images, labels, score=score, norm=norm, seed=seed)
@@ -694,7 +708,11 @@ def _nearest(score: ScoreName, norm: Norm) -> Attack:
         run=run,
         norm=norm,
         knowledge="gradients",
-        passes=48 * GRADIENT + len(OUTWARD) * (8 * GRADIENT + 8 * step) + 40 * step + 10 * JUDGED,
+        passes=41 * GRADIENT
+        + BISECTIONS * FORWARD
+        + len(OUTWARD) * (5 * JUDGED + 4 * PULLED + _joint_passes(DEEP[:1], 4, 8))
+        + 40 * (JUDGED + PULLED)
+        + 11 * JUDGED,
         source="FMN (Pintor et al. 2021) on the served decision",
         aware=score,
     )
@@ -711,26 +729,16 @@ def _evasive(score: ScoreName) -> Attack:
         run=run,
         norm="l2",
         knowledge="gradients",
-        passes=4 * 60 * (JUDGED + PULLED),
+        passes=4 * 60 * (JUDGED + PULLED) + JUDGED,
         source="LIPGEN 7",
         aware=score,
     )
-
-
-GRADIENT = 3
-"""Forward passes that a gradient costs, the forward pass it needs included."""
-JUDGED = 5
-"""The same of a verdict: two rows."""
-PULLED = 4 * GRADIENT
-"""The same of a step's direction: the margin's gradient, a row's, and two more either side."""
 
 
 def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
     """The attacks that know the detector of this score, strongest first."""
     attacks = []
     for norm in get_args(Norm):
-        step = JUDGED + PULLED
-        ascents = len(JOINT) * 20 * GRADIENT
         attacks += [
             _within(
                 "joint-pgd",
@@ -738,7 +746,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 joint,
                 score,
                 norm,
-                passes=ascents + len(JOINT) * 20 * step,
+                passes=_joint_passes(JOINT, 20, 20),
                 source="Tramèr et al. 2020, on the served decision",
             ),
             _within(
@@ -747,7 +755,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 partial(joint, adaptive=True, steps=40),
                 score,
                 norm,
-                passes=ascents + len(JOINT) * 40 * step,
+                passes=_joint_passes(JOINT, 40, 20),
                 source="Croce and Hein 2020 on the served decision",
             ),
             _within(
@@ -756,7 +764,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 partial(joint, steps=0, deep_steps=40, starts=DEEP),
                 score,
                 norm,
-                passes=len(DEEP) * (40 * GRADIENT + JUDGED),
+                passes=_joint_passes(DEEP, 0, 40),
                 source="Carlini and Wagner 2017, with a budget",
             ),
             _nearest(score, norm),
@@ -809,7 +817,7 @@ OVER_REJECTION: tuple[Attack, ...] = tuple(
         deny,
         score,
         norm,
-        passes=2 * 20 * (JUDGED + PULLED),
+        passes=2 * (21 * JUDGED + 20 * PULLED) + 21 * GRADIENT + 15 * FORWARD + JUDGED,
         source="PGD on the served score",
     )
     for score in SCORES
