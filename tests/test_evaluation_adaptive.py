@@ -196,7 +196,8 @@ def test_a_least_radius_is_followed_with_the_slope_that_is_served(norm: Norm) ->
     model = networks.linear(weight, shape=SHAPE)
     policy = Policy(min_radius_l2=9.0) if norm == "l2" else Policy(min_radius_linf=9.0)
     radii = guard_of(model, "jacobian", 1e6).calibration.radii(norm).model_copy(update={"slope": 60.0})
-    guard = guard_of(model, "jacobian", 1e6, policy=policy, **{norm: radii})
+    changes: dict[str, Any] = {norm: radii}
+    guard = guard_of(model, "jacobian", 1e6, policy=policy, **changes)
     target = target_of(guard)
     images = networks.images(40, SHAPE)
     images = images[guard.measure(images).margin > 1][:8]
