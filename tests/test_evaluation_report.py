@@ -400,6 +400,16 @@ class TestFindings:
         ):
             assert findings.masking(changed(evaluation, checks=checks)) == expected
 
+    def test_images_on_which_all_attacks_ran_stand_beside_the_headline(self, evaluation: Evaluation) -> None:
+        first = evaluation.results.standing[0].model_copy(update={"complete": share_of(3, 20)})
+        dear = changed(evaluation, standing=[first])
+        said = f"{words.share(first.standing)}; where all attacks ran: 15.0% [3.2, 37.9] (n = 20)"
+        assert findings.headline(dear)[0] == f"Robust accuracy with rejection in l2. At 0.25: {said}."
+        assert text_of(page(dear)).count(said) == 2
+        assert f"| jacobian, l2 0.25 | {said} |" in markdown.section(dear)
+        figure = next(one for one in figures.figures(dear, None, {}) if one.title == "Robust accuracy in l2")
+        assert "ran on the first images only" in figure.caption
+
     def test_families_not_run(self, evaluation: Evaluation) -> None:
         missing = findings.not_run(evaluation)
         assert not {"PGD", "CW", "Boundary", "DDN or FMN", "joint PGD"} & set(missing)

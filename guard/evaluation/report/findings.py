@@ -65,14 +65,13 @@ def headline(evaluation: Evaluation) -> list[str]:
     for norm in ("l2", "linf"):
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
         if stands:
-            parts = "; ".join(
-                f"{words.share(one.standing)} at {words.size(one.budget, norm)}" for one in stands
-            )
-            said.append(
-                f"In {norm}, images that are right and that {score} accepts, whatever the attacks of the run "
-                f"do: {parts}."
-            )
+            parts = ". ".join(f"At {words.size(one.budget, norm)}: {words.standing(one)}" for one in stands)
+            said.append(f"Robust accuracy with rejection in {norm}. {parts}.")
     if results.standing:
+        said.append(
+            f"That is the share of images that are right and that {score} accepts when clean, and for which "
+            "no attack of the run found an accepted image of another class within the budget."
+        )
         clean = next((one.clean for one in results.standing if one.score == score), None)
         rejected = words.share(results.rejected.get(score))
         said.append(f"The same without attack: {words.share(clean)}. Clean images rejected: {rejected}.")

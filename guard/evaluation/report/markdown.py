@@ -93,8 +93,8 @@ def _standing(both: Sequence[Evaluation]) -> Iterable[list[str]]:
         twins = [known.get((one.score, one.norm, round(one.budget, 6))) for known in others]
         yield [
             f"{one.score}, {words.at(one.budget, one.norm)}",
-            words.share(one.standing),
-            *(words.share(None if twin is None else twin.standing) for twin in twins),
+            words.standing(one),
+            *(words.standing(twin) for twin in twins),
             words.share(one.clean),
             findings.worst(one),
         ]

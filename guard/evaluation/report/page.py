@@ -163,7 +163,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
                 continue
             cells.append(
                 f'<td class="bar" style="--share: {100 * found.standing.value:.1f}%">'
-                f"{_cell(words.share(found.standing))}</td><td>{_cell(words.share(found.clean))}</td>"
+                f"{_cell(words.standing(found))}</td><td>{_cell(words.share(found.clean))}</td>"
             )
         fallen = _most(one.fallen)
         cells.append(f"<td>{escape(one.worst or words.MISSING)}</td><td>{escape(fallen)}</td>")

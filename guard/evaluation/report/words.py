@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from guard.bundle import Share
 from guard.evaluation.report.reading import Attacked
-from guard.evaluation.results import AttackResult, RadiusAudit, Summary
+from guard.evaluation.results import AttackResult, RadiusAudit, Standing, Summary
 
 MISSING = "–"
 
@@ -39,6 +39,13 @@ def error(found: Share | None) -> str:
         return MISSING
     turned = {"count": found.n - found.count, "value": 1 - found.value}
     return share(found.model_copy(update=turned | {"lower": 1 - found.upper, "upper": 1 - found.lower}))
+
+
+def standing(found: Standing | None) -> str:
+    """Robust accuracy with rejection; where dear attacks ran on fewer images, also the share of those."""
+    if found is None or found.complete is None:
+        return share(None if found is None else found.standing)
+    return f"{share(found.standing)}; where all attacks ran: {share(found.complete)}"
 
 
 def number(value: float) -> str:
