@@ -286,6 +286,16 @@ class TestTables:
         found = next(one.result for one in evaluation.attacks if one.result.name == "cw-l2")
         assert rows["planted: detected"][3] == words.share(found.detection["jacobian"].rejected)
 
+    def test_errors_are_of_attacks_at_that_budget(self, evaluation: Evaluation) -> None:
+        kept = [one for one in evaluation.results.attacks if one.norm != "linf" or one.budget == 2 / 255]
+        small = changed(evaluation, attacks=kept)
+        cells = tables.scale_1([small]).rows[-1].cells
+        assert cells[3] == tables.scale_1([evaluation]).rows[-1].cells[3] != "–"
+        assert cells[4] == "–"
+        assert tables.scale_4([small]).rows[-1].cells[2] == "–"
+        budgets = [one for one in evaluation.results.attacks if one.budget is not None]
+        assert tables.lipgen_2([changed(evaluation, attacks=budgets)]).rows[-1].cells[1] == "–"
+
     def test_hamming_1_names_what_is_not_built(self, evaluation: Evaluation) -> None:
         ours = tables.hamming_1([evaluation]).rows[-1]
         assert ours.cells[1:6] == ("–",) * 5
@@ -344,10 +354,32 @@ class TestFigures:
             "What an attack costs",
             *(f"Jacobian norm: {kind}" for kind in ("clean", "PGD", "Boundary", "CW", "evasive CW")),
             "Radius against l2 distance",
-            "Radius against linf distance",
         ]
         for figure in figures.figures(evaluation, evaluation, {}):
             ET.fromstring(figure.svg)
+
+    def test_radii_are_drawn_against_the_distances_of_their_audit(self, tmp_path: Path) -> None:
+        folder = planted(tmp_path / "r")
+        folder.clean["radius_linf"] = np.full(40, 0.01)
+        folder.write()
+        distance = np.where(np.arange(40) < 3, 0.005, 0.5)
+        np.savez(tmp_path / "r/radii-linf.npz", distance=distance)
+        evaluation = read(tmp_path / "r")
+        accepted = evaluation.accepted("jacobian")
+        nearest = np.where(evaluation.right, evaluation.nearest("linf"), np.inf)
+        inside = int((accepted & (np.minimum(nearest, distance) < 0.01)).sum())
+        assert inside >= 3
+        found = figures.figures(evaluation, None, {})
+        drawn = next(one for one in found if one.title == "Radius against linf distance")
+        assert drawn.caption == f"n = {accepted.sum()} accepted images, {inside} attacked inside."
+        np.savez(tmp_path / "r/radii-linf.npz", distance=distance[:7])
+        with pytest.raises(DataError, match=r"radii-linf\.npz: holds 7 images, .* speaks of 40"):
+            read(tmp_path / "r")
+
+    def test_errors_end_where_nothing_looked_for_the_nearest_image(self, evaluation: Evaluation) -> None:
+        drawn = {one.title: one.svg for one in figures.figures(evaluation, None, {})}
+        assert ">0.05<" in drawn["Error against linf distance: attacks with gradients"]
+        assert ">0.1<" not in drawn["Error against linf distance: attacks with gradients"]
 
     def test_missing_attacks_leave_their_curves_out(self, folder: Path, tmp_path: Path) -> None:
         record = json.loads((folder / RESULTS).read_text())
@@ -399,6 +431,14 @@ class TestFindings:
             ),
         ):
             assert findings.masking(changed(evaluation, checks=checks)) == expected
+
+    def test_a_price_needs_an_attack_that_looked_for_the_nearest_image(self, evaluation: Evaluation) -> None:
+        right = evaluation.right
+        only = f"to another class {words.middle(evaluation.nearest('l2')[right])}."
+        assert findings.price(evaluation) == [f"l2, median smallest distance found {only}"]
+        knowing = evaluation.results.attacks[0].model_copy(update={"aware": "jacobian"})
+        both = findings.price(changed(evaluation, attacks=[*evaluation.results.attacks, knowing]))
+        assert "to another class that jacobian accepts" in both[0]
 
     def test_images_on_which_all_attacks_ran_stand_beside_the_headline(self, evaluation: Evaluation) -> None:
         first = evaluation.results.standing[0].model_copy(update={"complete": share_of(3, 20)})

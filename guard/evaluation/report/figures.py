@@ -72,7 +72,8 @@ def _errors(
     if not (positive > 0).any():
         return None
     low = max(_FLOOR, float(np.quantile(positive[positive > 0], 0.01)))
-    high = float(positive.max())
+    # Beyond the largest budget, where nothing looked for the nearest image, only other norms' attacks lie.
+    high = max(budgets) if budgets and not evaluation.sought(norm) else float(positive.max())
     if stability is not None:
         high = max(high, _reach(stability))
     across = plots.logarithmic(low, max(high, 2 * low), f"distance, {norm}")
@@ -255,11 +256,16 @@ def _histograms(evaluation: Evaluation) -> Iterable[Figure]:
 
 
 def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
-    """Radius against the smallest distance found, on images classified rightly."""
-    distance = evaluation.nearest(norm)
+    """Radius against the smallest distance found, on accepted images, as the audit of radii counts them."""
+    if norm not in evaluation.aimed and not evaluation.sought(norm):
+        return None
+    distance = np.where(evaluation.right, evaluation.nearest(norm), np.inf)
+    distance = np.minimum(distance, evaluation.aimed.get(norm, np.inf))
     radius, what = evaluation.radius(norm)
-    shown: Flags = evaluation.right & np.isfinite(distance) & np.isfinite(radius)
-    if not shown.any() or not evaluation.attacked_in(norm):
+    shown: Flags = (
+        evaluation.accepted(evaluation.results.served) & np.isfinite(distance) & np.isfinite(radius)
+    )
+    if not shown.any():
         return None
     inside = shown & (distance < radius)
     ends = float(np.quantile(np.concatenate([distance[shown], radius[shown]]), 0.995)) * 1.02
@@ -276,7 +282,7 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
         plots.dots(frame, points(inside), "c6", size=3),
     ]
     legend = (("c0 dot", "held"), ("c6 dot", "attacked inside"), ("pale", "radius = distance"))
-    found = f"n = {int(shown.sum())} images classified rightly, {int(inside.sum())} attacked inside."
+    found = f"n = {int(shown.sum())} accepted images, {int(inside.sum())} attacked inside."
     if not evaluation.serves_radii(norm):
         found += " The run holds no served radii: this is the first-order radius, margin over slope."
     return Figure(f"Radius against {norm} distance", frame.svg(marks, f"tightness {norm}"), legend, found)

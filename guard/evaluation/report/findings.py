@@ -92,20 +92,23 @@ def _norms_known(evaluation: Evaluation, score: ScoreName) -> set[str]:
 
 
 def price(evaluation: Evaluation) -> list[str]:
-    """What an attacker needs: the median distance to another class, and to one that is accepted."""
+    """What an attacker needs: the median distance to another class, and to one that is accepted, in norms in
+    which an attack looked for it.
+    """
     said = []
+    score = evaluation.results.served
     norms: tuple[Norm, Norm] = ("l2", "linf")
     for norm in norms:
-        nearest = evaluation.nearest(norm)[evaluation.right]
-        if not evaluation.attacked_in(norm):
-            continue
-        score = evaluation.results.served
-        kept = evaluation.right & evaluation.accepted(score)
-        accepted = evaluation.fallen(norm, score)[kept]
-        said.append(
-            f"{norm}: median smallest distance to another class {words.middle(nearest)}; to another class "
-            f"that {score} accepts, at the budgets tried, {words.middle(accepted)}."
-        )
+        parts = []
+        if evaluation.sought(norm):
+            nearest = evaluation.nearest(norm)[evaluation.right]
+            parts.append(f"to another class {words.middle(nearest)}")
+        if evaluation.sought(norm, aware=score):
+            kept = evaluation.right & evaluation.accepted(score)
+            accepted = evaluation.fallen(norm, score)[kept]
+            parts.append(f"to another class that {score} accepts {words.middle(accepted)}")
+        if parts:
+            said.append(f"{norm}, median smallest distance found {', '.join(parts)}.")
     return said
 
 

@@ -1,7 +1,7 @@
 """A results folder as `guard evaluate` leaves it, checked, and what follows from its arrays."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -84,12 +84,17 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A results folder in memory; `attacks` are in the order of `results.attacks`."""
+    """A results folder in memory; `attacks` are in the order of `results.attacks`.
+
+    `aimed` holds by norm the smallest distances (N,) of the attacks aimed at radii, inf where none succeeded;
+    a run that was stopped before has none.
+    """
 
     folder: Path
     results: Results
     clean: Arrays
     attacks: tuple[Attacked, ...]
+    aimed: Mapping[Norm, Values] = field(default_factory=dict)
 
     @cached_property
     def right(self) -> Flags:
@@ -106,8 +111,22 @@ class Evaluation:
         return int(self.clean["logits"].shape[1])
 
     def attacked_in(self, norm: Norm) -> bool:
-        """Whether any attack of the run was made for a norm: else its smallest distance says nothing."""
+        """Whether any attack of the run was made for a norm."""
         return any(attack.result.norm == norm for attack in self.attacks)
+
+    def sought(self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None) -> bool:
+        """Whether an attack looked for the nearest image in a norm or, given a budget, was run at this one.
+
+        Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing.
+        Counted are attacks on the classifier alone or, with `aware`, those that know this score.
+        """
+        return any(
+            one.norm == norm
+            and one.aware == aware
+            and one.knowledge != "nothing"
+            and (one.budget is None or (budget is not None and same(one.budget, budget)))
+            for one in self.results.attacks
+        )
 
     def nearest(self, norm: Norm) -> Values:
         """Smallest distance at which any attack found another class (N,): 0 where wrong already, else inf."""
@@ -209,7 +228,22 @@ def read(folder: Path) -> Evaluation:
         judged_by = f"accepted_{result.aware}"
         eligible = right & clean[judged_by] if judged_by in clean else right
         attacks.append(Attacked(result, arrays, _considered(rows, eligible, result)))
-    return Evaluation(folder, results, clean, tuple(attacks))
+    return Evaluation(folder, results, clean, tuple(attacks), _aimed(folder, count))
+
+
+def _aimed(folder: Path, count: int) -> dict[Norm, Values]:
+    norms: tuple[Norm, Norm] = ("l2", "linf")
+    found: dict[Norm, Values] = {}
+    for norm in norms:
+        path = folder / f"radii-{norm}.npz"
+        if path.is_file():
+            found[norm] = np.asarray(load_arrays(path, ("distance",))["distance"], np.float64)
+            if len(found[norm]) != count:
+                raise DataError(
+                    f"{path}: holds {len(found[norm])} images, {folder / RESULTS} speaks of {count}. They "
+                    "belong to different runs; run guard evaluate again."
+                )
+    return found
 
 
 def _considered(rows: NDArray[Any], eligible: NDArray[Any], result: AttackResult) -> int:

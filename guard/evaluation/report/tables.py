@@ -143,7 +143,7 @@ def lipgen_2(evaluations: Sequence[Evaluation]) -> Table:
     def ours(evaluation: Evaluation) -> Iterable[tuple[str, Sequence[str]]]:
         results = evaluation.results
         nearest = evaluation.nearest("l2")[evaluation.right]
-        distance = words.middle(nearest) if evaluation.attacked_in("l2") else MISSING
+        distance = words.middle(nearest) if evaluation.sought("l2") else MISSING
         yield "", [words.error(results.accuracy), distance, words.mean(results.jacobian)]
 
     return _table(
@@ -172,7 +172,10 @@ def scale_1(evaluations: Sequence[Evaluation]) -> Table:
             yield (
                 "top 5",
                 [words.share(_top5(evaluation, 0.0)), MISSING, MISSING]
-                + [words.share(_top5(evaluation, eps)) for eps in (_TWO, _EIGHT)],
+                + [
+                    words.share(_top5(evaluation, eps)) if evaluation.sought("linf", eps) else MISSING
+                    for eps in (_TWO, _EIGHT)
+                ],
             )
 
     imagenet = """
@@ -219,7 +222,7 @@ def _many(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
-    if not evaluation.attacked_in(norm):
+    if not evaluation.sought(norm, eps):
         return MISSING
     lost = evaluation.nearest(norm) <= eps * (1 + 1e-6)
     return words.share(share(lost))
