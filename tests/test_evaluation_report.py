@@ -19,6 +19,7 @@ from guard import bundle as bundles
 from guard.bundle import Share
 from guard.cli import main
 from guard.errors import DataError
+from guard.evaluation import suite
 from guard.evaluation.report import figures, findings, gallery, markdown, tables, words
 from guard.evaluation.report.page import page
 from guard.evaluation.report.reading import Evaluation, read, same
@@ -312,6 +313,26 @@ class TestTables:
         expected = words.share(share_of(int(left.sum()), 40))
         assert tables.manifold_1([evaluation]).rows[-1].cells[0] == f"{expected}, autoattack-l2 0.5"
 
+    def test_a_part_of_autoattack_is_not_the_whole(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        for one in record["attacks"]:
+            one["name"] = one["name"].replace("joint-pgd", "other").replace("pgd", "autoattack-apgd-ce")
+        evaluation = read(copied(folder, tmp_path / "r", attacks=record["attacks"]))
+        assert tables.manifold_1([evaluation]).rows[-1].cells[:2] == ("–", "–")
+        assert tables.hamming_1([evaluation]).rows[-1].cells[1:3] == ("–", "–")
+
+    def test_the_longer_carlini_wagner_is_shown(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        record["attacks"][0]["name"] = "cw-quick-l2"
+        found = tables.source_of(read(copied(folder, tmp_path / "r", attacks=record["attacks"])), "CW")
+        assert found is not None
+        assert found.result.name == "cw-l2"
+
+    def test_lipgen_2_is_whole(self, evaluation: Evaluation) -> None:
+        rows = [row for row in tables.lipgen_2([evaluation]).rows if not row.ours]
+        assert len(rows) == 6
+        assert not any("–" in row.cells for row in rows)
+
     def test_every_row_is_as_long_as_its_head(self, evaluation: Evaluation) -> None:
         found = tables.tables([evaluation, evaluation])
         assert [table.name for table in found if table.name.startswith("SCALE")] == [
@@ -453,7 +474,21 @@ class TestFindings:
     def test_families_not_run(self, evaluation: Evaluation) -> None:
         missing = findings.not_run(evaluation)
         assert not {"PGD", "CW", "Boundary", "DDN or FMN", "joint PGD"} & set(missing)
-        assert {"AutoAttack", "Square", "joint APGD", "over HTTP"} <= set(missing)
+        assert {"AutoAttack", "Square", "joint APGD", "over HTTP", "denial"} <= set(missing)
+
+    def test_every_attack_that_was_run_is_of_a_family(self, evaluation: Evaluation) -> None:
+        """AutoAttack's parts alone: they are not the whole."""
+        first = evaluation.results.attacks[0]
+        for one in (*suite.known(), *suite.over_rejection()):
+            run = changed(evaluation, attacks=[first.model_copy(update={"name": one.name})])
+            part = one.name.startswith("autoattack-apgd")
+            assert len(findings.not_run(run)) == len(findings.FAMILIES) - (not part), one.name
+
+    def test_checks_that_were_not_run_are_told_apart(self, evaluation: Evaluation) -> None:
+        skipped = [CHECKS[2].model_copy(update={"name": f"queries, {norm}"}) for norm in ("l2", "linf")]
+        assert "not run: queries, l2; queries, linf." in findings.masking(
+            changed(evaluation, checks=[CHECKS[0], *skipped])
+        )
 
 
 def changed(evaluation: Evaluation, **update: Any) -> Evaluation:

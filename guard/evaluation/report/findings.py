@@ -8,10 +8,11 @@ from guard.evaluation.results import Standing
 
 FAMILIES = {
     "FGSM": ("fgsm",),
-    "I-FGSM": ("ifgsm", "iteratedfgsm"),
-    "gradient attack": ("gradient",),
+    "I-FGSM": ("ifgsm", "iterated"),
+    "gradient attack": ("gradient", "ascent"),
     "PGD": ("pgd",),
     "APGD": ("apgd",),
+    "FAB": ("fab",),
     "CW": ("cw", "carliniwagner"),
     "LogBarrier": ("logbarrier",),
     "DeepFool": ("deepfool",),
@@ -19,7 +20,7 @@ FAMILIES = {
     "Boundary": ("boundary",),
     "HopSkipJump": ("hopskipjump",),
     "Square": ("square",),
-    "AutoAttack": ("autoattack",),
+    "AutoAttack": ("autoattackl",),
     "Wasserstein": ("wasserstein",),
     "spatial": ("spatial", "flow", "stadv"),
     "recolor": ("recolor",),
@@ -28,12 +29,14 @@ FAMILIES = {
     "joint PGD": ("jointpgd",),
     "joint APGD": ("jointapgd",),
     "high confidence": ("highconfidence",),
+    "nearest accepted": ("nearestaccepted",),
     "over HTTP": ("http", "overhttp", "blackbox"),
     "transfer": ("transfer",),
     "noise": ("noise", "gaussian", "uniform"),
     "corruptions": ("corruption",),
+    "denial": ("denial",),
 }
-"""The attacks there are, by how their names begin, without hyphens."""
+"""The attacks there are, by how their names begin, without hyphens and the library's name."""
 
 
 def name(evaluation: Evaluation) -> str:
@@ -43,7 +46,8 @@ def name(evaluation: Evaluation) -> str:
 
 def not_run(evaluation: Evaluation) -> list[str]:
     """The families of attacks of which the run had none."""
-    names = [plain(result.name) for result in evaluation.results.attacks]
+    results = evaluation.results
+    names = [plain(one.name).removeprefix("foolbox") for one in (*results.attacks, *results.over_rejection)]
     return [
         family
         for family, prefixes in FAMILIES.items()
@@ -122,9 +126,9 @@ def masking(evaluation: Evaluation) -> str:
     if not checks:
         return "No check for gradient masking was run."
     if by["failed"]:
-        return f"Signs of gradient masking: {', '.join(by['failed'])}. The figures may be too good."
+        return f"Signs of gradient masking: {'; '.join(by['failed'])}. The figures may be too good."
     count = len(by["passed"])
-    rest = f"; not run: {', '.join(by['not run'])}" if by["not run"] else ""
+    rest = f"; not run: {'; '.join(by['not run'])}" if by["not run"] else ""
     return f"No sign of gradient masking in {count} check{'' if count == 1 else 's'}{rest}."
 
 
