@@ -265,6 +265,18 @@ class TestWords:
     def test_budgets(self, budget: float, norm: str, text: str) -> None:
         assert words.at(budget, norm) == text
 
+    def test_success_says_which_images_were_left_out(self, evaluation: Evaluation) -> None:
+        first = evaluation.results.attacks[0]
+        spared = first.model_copy(update={"settings": {"skipped": 25}})
+        said = f"{words.share(first.success)}; 25 broken before left out"
+        assert words.success(spared) == said
+        assert words.success(first.model_copy(update={"settings": {"skipped": 0}})) == words.share(
+            first.success
+        )
+        shown = changed(evaluation, attacks=[spared])
+        assert said in text_of(page(shown))
+        assert f"| {said} |" in markdown.section(shown)
+
     def test_an_error_is_the_rest(self) -> None:
         found = share_of(9, 10)
         assert words.error(found) == words.share(share_of(1, 10))

@@ -103,7 +103,7 @@ def _standing(both: Sequence[Evaluation]) -> Iterable[list[str]]:
 def _attacks(evaluation: Evaluation) -> Iterable[list[str]]:
     for one in evaluation.results.attacks:
         knows = one.knowledge + (f", evades {one.aware}" if one.aware else "")
-        yield [words.attack(one), knows, words.share(one.success), words.median(one.distance)]
+        yield [words.attack(one), knows, words.success(one), words.median(one.distance)]
 
 
 def _detection(evaluation: Evaluation) -> Iterable[list[str]]:

@@ -278,7 +278,7 @@ def _attacks(both: Sequence[Evaluation]) -> str:
                 one.title,
                 f"{words.at(one.budget, one.norm)}{'' if one.unit == 'pixel values' else ', ' + one.unit}",
                 one.knowledge + (f", evades {one.aware}" if one.aware else ""),
-                words.share(one.success),
+                words.success(one),
                 words.median(one.distance),
                 words.mean(one.distance),
                 words.number(one.passes),
@@ -291,7 +291,8 @@ def _attacks(both: Sequence[Evaluation]) -> str:
         parts.append(_table(f"Attacks on {findings.name(evaluation)}", head, rows))
     note = (
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
-        "accepts, and succeed where the image is wrong and accepted. Forward passes are means.</p>"
+        "accepts, and succeed where the image is wrong and accepted; dear ones are spared the images that "
+        "cheaper attacks broke, so theirs is of the harder rest. Forward passes are means.</p>"
     )
     return note + "".join(parts)
 

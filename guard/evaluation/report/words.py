@@ -90,6 +90,12 @@ def attack(result: AttackResult) -> str:
     return result.name if result.budget is None else f"{result.name} {size(result.budget, result.norm)}"
 
 
+def success(result: AttackResult) -> str:
+    """An attack's success, and how many images it was spared because cheaper attacks had broken them."""
+    spared = result.settings.get("skipped")
+    return share(result.success) + (f"; {spared} broken before left out" if spared else "")
+
+
 def named(found: Attacked) -> str:
     """`attack` of an attack with its arrays."""
     return attack(found.result)
