@@ -473,6 +473,11 @@ class TestFindings:
         both = findings.price(changed(evaluation, attacks=[*evaluation.results.attacks, knowing]))
         assert "to another class that jacobian accepts" in both[0]
 
+    def test_a_run_that_was_stopped_says_so_first(self, evaluation: Evaluation) -> None:
+        said = "The run was stopped before its end"
+        assert findings.headline(changed(evaluation, checks=[], radii=[]))[0].startswith(said)
+        assert not any(said in sentence for sentence in findings.headline(evaluation))
+
     def test_images_on_which_all_attacks_ran_stand_beside_the_headline(self, evaluation: Evaluation) -> None:
         first = evaluation.results.standing[0].model_copy(update={"complete": share_of(3, 20)})
         dear = changed(evaluation, standing=[first])

@@ -302,7 +302,9 @@ def _detection(both: Sequence[Evaluation]) -> str:
         (
             "<p>The share of successful attacks that a score rejects, and how well it tells them from clean "
             "images (AUROC). Attacks that do not evade the score know nothing of it: these are figures of "
-            "the careless attacker, not of the detector's worth, which the robust accuracy above states.</p>"
+            "the careless attacker, not of the detector's worth, which the robust accuracy above states. "
+            "Most attacks, PGD of a budget among them, stop at an image's first wrong class, where gradients "
+            "are large; one that goes on into that class is rejected less.</p>"
         )
     ]
     for evaluation in both:
