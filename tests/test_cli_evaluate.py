@@ -92,6 +92,7 @@ def test_list_names_every_attack_in_80_columns(capsys: Captured) -> None:
         (["--val", "colours.npz", "--out", "o", "--attacks", "pdg-l2"], "'pdg-l2' is no attack. Near it: "),
         (["--val", "colours.npz", "--out", "o", "--budgets", "l1=3"], "argument --budgets: 'l1' is no norm"),
         (["--val", "colours.npz", "--out", "o", "--budgets", "l2=0"], "argument --budgets: expected budgets"),
+        (["--val", "colours.npz", "--out", "o", "--budgets", "l2=1e400"], "argument --budgets: expected bud"),
         (
             ["--val", "colours.npz", "--out", "o", "--budgets", "linf=2/0"],
             "argument --budgets: expected budg",
@@ -109,6 +110,15 @@ def test_wrong_usage(folder: Path, words: list[str], message: str, capsys: Captu
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"guard: error: {message}")
     assert not Path("o").exists()
+
+
+def test_budgets_of_one_norm_add_up(folder: Path, capsys: Captured) -> None:
+    budgets = ("--budgets", "l2=0.2,0.2", "l2=1.5")
+    assert run(folder, "--val", "colours.npz", "--attacks", "fgsm-l2", *budgets, "--out", "out") == 0
+    results = load("out")
+    assert [one.budget for one in results.attacks] == [0.2, 1.5]
+    assert "--budgets l2=0.2 l2=1.5 --out" in results.command
+    assert "  jacobian l2 0.2 " in capsys.readouterr().out
 
 
 def test_interruption_says_how_to_go_on(
@@ -181,7 +191,14 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
     assert "    first 200, on which all ran: 10.0% [0.1%, 99.9%]" in lines
     assert "signs of masked gradients: 1 found, 0 absent, 0 not looked for" in lines
     assert any("conformal" in line and "1.2% of 1000 (<= 99.9%), 0.50" in line for line in lines)
-    texts = ("right and accepted under every", "rejected by jacobian of what", "signs of masked")
+    assert "  right without attack:" in lines[1]
+    assert lines[1].endswith("(95% intervals in brackets)")
+    assert "  pgd-restarts-margin-linf 8/255  12.0% [0.1%, 99.9%] of 1000       0.900" in lines
+    assert any(
+        line.startswith("  pgd-restarts-margin-linf 8/255: ") and line.endswith(f" of {attack.n}")
+        for line in lines
+    )
+    texts = ("robust accuracy with rejection", "rejected by jacobian of what", "signs of masked")
     assert [next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts] == sorted(
         next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts
     )

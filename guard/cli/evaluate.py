@@ -185,7 +185,9 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
     from guard.evaluation.run import Settings
 
     default = suite.QUICK_BUDGETS if arguments.quick else BUDGETS
-    given = dict(arguments.budgets)
+    given: dict[Norm, tuple[float, ...]] = {}
+    for norm, values in arguments.budgets:
+        given[norm] = tuple(sorted({*given.get(norm, ()), *values}))
     counts = [int(text) for text in _IMAGES.split(",")]
     if arguments.quick:
         counts = [_QUICK_IMAGES] * 3
@@ -266,7 +268,10 @@ def _command(arguments: argparse.Namespace) -> str:
             words += [f"--{name}", *getattr(arguments, name)]
     if arguments.budgets:
         words += ["--budgets"]
-        words += [f"{norm}={','.join(map(_number, values))}" for norm, values in arguments.budgets]
+        words += [
+            f"{norm}={','.join(_number(value, norm) for value in values)}"
+            for norm, values in arguments.budgets
+        ]
     if arguments.images:
         words += ["--images", ",".join(map(str, arguments.images))]
     words += ["--quick"] * arguments.quick
@@ -279,30 +284,35 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def summary(results: "Results", out: Path) -> str:
     """The result in at most 80 columns: the verdict first."""
+    from guard.evaluation.report import words
+
     lines = [
         f"{results.bundle['name']} on {results.images} images of {results.data['name']}",
-        f"  right without attack: {_share(results.accuracy)}",
+        f"  right without attack: {_share(results.accuracy)} (95% intervals in brackets)",
     ]
     lines += [
         f"  clean images rejected by {score}: {_share(rejected)}"
         + (" (served)" if score == results.served else "")
         for score, rejected in results.rejected.items()
     ]
-    lines += ["", "right and accepted under every attack that was run:"]
+    lines += ["", "robust accuracy with rejection (right and accepted under every attack run):"]
     lines += [line for standing in results.standing for line in _standing_lines(standing)]
     plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
     if plain:
-        lines += ["", f"rejected by {results.served} of what attacks that do not know it get wrong (AUROC):"]
+        lines += [
+            "",
+            f"rejected by {results.served} of what attacks that do not know it get wrong (AUROC);",
+            "most stop at the first wrong image, and one that goes on is rejected less:",
+        ]
         for one in plain:
             found = one.detection[results.served]
-            title = one.name if one.budget is None else f"{one.name} {_budget(one.budget)}"
-            lines.append(
-                f"  {title:34s} {found.rejected.value:6.1%} of {found.rejected.n:<5d} {found.auroc:.3f}"
-            )
+            rejected = f"{_share(found.rejected)} of {found.rejected.n}"
+            lines.append(f"  {words.attack(one):31s} {rejected:33s} {found.auroc:.3f}")
     if results.over_rejection:
         lines += ["", "clean images that an attack makes rejected:"]
         lines += [
-            f"  {one.name} {_budget(one.budget)}: {_share(one.success)}" for one in results.over_rejection
+            _cut(f"  {words.attack(one)}: {_share(one.success)} of {one.success.n}")
+            for one in results.over_rejection
         ]
     if results.checks:
         failed = [check for check in results.checks if check.verdict == "failed"]
@@ -330,7 +340,9 @@ def _alpha(alpha: float | None) -> str:
 
 
 def _standing_lines(standing: "Standing") -> list[str]:
-    name = f"{standing.score} {standing.norm} {_budget(standing.budget)}"
+    from guard.evaluation.report import words
+
+    name = f"{standing.score} {words.at(standing.budget, standing.norm)}"
     lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}"]
     if standing.worst is not None:
         fallen = standing.fallen[standing.worst]
@@ -344,17 +356,10 @@ def _share(share: "Share") -> str:
     return f"{share.value:.1%} [{share.lower:.1%}, {share.upper:.1%}]"
 
 
-def _budget(budget: float | None) -> str:
-    if budget is None:
-        return "nearest"
-    number = _number(budget)
-    return number if "/" in number else f"{budget:.4g}"
-
-
-def _number(budget: float) -> str:
-    """The budget with all its digits, small ones in 255ths where they are whole ones."""
+def _number(budget: float, norm: "Norm") -> str:
+    """The budget with all its digits, small ones of linf in 255ths where they are whole ones."""
     steps = round(budget * 255)
-    return f"{steps}/255" if budget <= 0.2 and steps / 255 == budget else f"{budget!r}"
+    return f"{steps}/255" if norm == "linf" and budget <= 0.2 and steps / 255 == budget else f"{budget!r}"
 
 
 def _cut(line: str) -> str:
@@ -392,8 +397,8 @@ def _listing(attacks: "Sequence[Attack]") -> str:
 def _budgets(text: str) -> "tuple[Norm, tuple[float, ...]]":
     norm, _, values = text.partition("=")
     try:
-        numbers = tuple(sorted(float(Fraction(value)) for value in values.split(",")))
-    except (ValueError, ZeroDivisionError):
+        numbers = tuple(sorted({float(Fraction(value)) for value in values.split(",")}))
+    except (ValueError, ZeroDivisionError, OverflowError):
         numbers = ()
     if not numbers or min(numbers) <= 0:
         raise argparse.ArgumentTypeError(f"expected budgets above 0, such as l2=0.25,0.5, not {text!r}")
