@@ -596,6 +596,17 @@ class TestCommand:
         assert main(["report", str(tmp_path)]) == 1
         assert "Make it with: guard evaluate" in capsys.readouterr().err
 
+    def test_wrong_files_are_named(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["report", str(folder / RESULTS)]) == 2
+        assert "is a file; expected the folder that guard evaluate wrote" in capsys.readouterr().err
+        card, out = tmp_path / "card.md", str(tmp_path / "out.html")
+        card.write_bytes(b"\xff\xfe")
+        assert main(["report", str(folder), "--out", out, "--markdown", str(card)]) == 1
+        assert "is no text in UTF-8" in capsys.readouterr().err
+        assert card.read_bytes() == b"\xff\xfe"
+
 
 def test_planted_records_are_what_the_schema_says() -> None:
     assert all(isinstance(one, Check) for one in CHECKS)

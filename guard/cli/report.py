@@ -59,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.evaluation.report.reading import read
     from guard.files import write_text
 
+    for folder in filter(None, (arguments.results, arguments.against)):
+        if folder.is_file():
+            raise UsageError(f"{folder}: is a file; expected the folder that guard evaluate wrote.")
     evaluation = read(arguments.results)
     against = None if arguments.against is None else read(arguments.against)
     stability = dict(_facts(path) for path in arguments.stability)
@@ -104,7 +107,13 @@ def _write_section(path: Path, section: str, evaluation: "Evaluation") -> None:
     from guard.files import atomic_folder, write_text
 
     if path.name != bundles.CARD or not (path.parent / bundles.MANIFEST).exists():
-        write_text(path, with_section(path.read_text() if path.exists() else "", section))
+        try:
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"--markdown {path}: is no text in UTF-8. Give a Markdown file, or a new one."
+            ) from error
+        write_text(path, with_section(before, section))
         return
     bundle = bundles.load(path.parent)
     digest = evaluation.results.bundle.get("digest", bundle.digest)
