@@ -354,6 +354,14 @@ class TestTables:
             assert all(len(row.cells) + 1 == len(table.columns) for row in table.rows), table.name
             assert sum(row.ours for row in table.rows) >= 2
 
+    def test_the_strongest_radius_served_is_named(self, tmp_path: Path) -> None:
+        result = planted(tmp_path / "r")
+        result.clean["radius_linf"] = np.full(40, 0.02)
+        strongest = radii()[3].model_copy(update={"kind": "conformal", "method": "scaled-first-order"})
+        result.write(radii=[strongest, *radii()])
+        cells = tables.scale_1([read(tmp_path / "r")]).rows[-1].cells
+        assert cells[1].endswith(", scaled-first-order (conformal)")
+
     def test_top_5_only_where_there_are_many_classes(self, evaluation: Evaluation, tmp_path: Path) -> None:
         assert not any("top 5" in row.name for row in tables.scale_1([evaluation]).rows)
         planted(tmp_path / "r", count=12, classes=1000)

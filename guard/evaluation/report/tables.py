@@ -211,7 +211,7 @@ def scale_1(evaluations: Sequence[Evaluation]) -> Table:
 _RADIUS_NOTES = (
     (
         "Theirs is the bound on the probability margin, ours on the logit margin; both are fitted estimates, "
-        "neither is a certificate."
+        "neither is a certificate. Ours at a budget is by the strongest radius served, which the cell names."
     ),
 )
 _TOP_5 = (
@@ -235,7 +235,8 @@ def _uncertified(evaluation: Evaluation, norm: Norm, eps: float) -> str:
     if not evaluation.serves_radii(norm):
         return MISSING
     kept: Flags = evaluation.right & (evaluation.radius(norm)[0] >= eps)
-    return words.share(share(~kept))
+    served = [one for one in evaluation.results.radii if one.served and one.norm == norm]
+    return words.share(share(~kept)) + "".join(f", {one.method} ({one.kind})" for one in served[:1])
 
 
 def _top5(evaluation: Evaluation, eps: float) -> Share:
