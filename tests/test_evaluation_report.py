@@ -481,6 +481,14 @@ class TestFindings:
         both = findings.price(changed(evaluation, attacks=[*evaluation.results.attacks, knowing]))
         assert "to another class that jacobian accepts" in both[0]
 
+    def test_every_command_behind_the_numbers_is_there(self, evaluation: Evaluation) -> None:
+        first, *others = evaluation.results.attacks
+        earlier = first.model_copy(update={"settings": {"command": "guard evaluate --attacks fmn-l2"}})
+        both = changed(evaluation, attacks=[earlier, *others])
+        assert findings.commands(both) == ["guard evaluate --attacks fmn-l2", evaluation.results.command]
+        assert "guard evaluate --attacks fmn-l2" in text_of(page(both))
+        assert "\n    guard evaluate --attacks fmn-l2\n" in markdown.section(both)
+
     def test_a_run_that_was_stopped_says_so_first(self, evaluation: Evaluation) -> None:
         said = "The run was stopped before its end"
         assert findings.headline(changed(evaluation, checks=[], radii=[]))[0].startswith(said)

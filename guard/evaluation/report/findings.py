@@ -44,6 +44,13 @@ def name(evaluation: Evaluation) -> str:
     return str(evaluation.results.bundle.get("name", "this model"))
 
 
+def commands(evaluation: Evaluation) -> list[str]:
+    """The command lines behind the numbers, in order: attacks may have been added by later ones."""
+    results = evaluation.results
+    run = [str(one.settings.get("command", "")) for one in (*results.attacks, *results.over_rejection)]
+    return [command for command in dict.fromkeys([*run, results.command]) if command]
+
+
 def not_run(evaluation: Evaluation) -> list[str]:
     """The families of attacks of which the run had none."""
     results = evaluation.results

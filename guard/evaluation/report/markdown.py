@@ -22,7 +22,7 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
                 f"{words.duration(one.results.seconds)}. 95% intervals in brackets."
             ),
             "",
-            f"    {' '.join(one.results.command.split())}",
+            *(f"    {' '.join(command.split())}" for command in findings.commands(one)),
             "",
         ]
     lines += [f"- {_escape(sentence)}" for sentence in _verdict(evaluation)]

@@ -69,8 +69,9 @@ def page(
 def _from(both: Sequence[Evaluation]) -> str:
     """The commands behind the numbers."""
     return "".join(
-        f'<p class="from">{escape(findings.name(one))}: <code>{escape(one.results.command)}</code></p>'
+        f'<p class="from">{escape(findings.name(one))}: <code>{escape(command)}</code></p>'
         for one in both
+        for command in findings.commands(one)
     )
 
 
