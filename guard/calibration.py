@@ -55,7 +55,7 @@ from guard.stages import Arrays, Piece, Stages
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-STAGES_VERSION = 4
+STAGES_VERSION = 5
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")

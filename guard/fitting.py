@@ -43,18 +43,18 @@ class Effort:
     """
 
     omega_images: int = 1000
-    bin_images: int = 250
-    bin_blocks: int = 25
+    bin_images: int = 400
+    bin_blocks: int = 50
     blocks: int = 50
     starts: int = 3
     steps: int = 20
-    kept: float = 0.5
+    kept: float = 0.3
     row_images: int = 200
     row_steps: int = 8
     violation_images: int = 1000
     violation_steps: int = 20
     violation_restarts: int = 1
-    distance_images: int = 500
+    distance_images: int = 1000
     distance_steps: int = 20
     agreement_images: int = 250
 
