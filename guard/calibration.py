@@ -211,7 +211,7 @@ class _Run:
         conformal = min(effort.distance_images, len(folds["conformal"]))
         per_norm = (
             omega * (self._screening() + effort.kept * self._ascent())
-            + 0.13 * omega * 2 * (self._screening() + self._ascent())
+            + 0.05 * omega * 2 * (self._screening() + self._ascent())
             + violations * (self._nearest() + self._pgd())
             + conformal * self._nearest()
         )

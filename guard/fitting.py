@@ -19,16 +19,16 @@ from guard.extremes import Extreme
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-EPS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
+EPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Grid of the modulus of continuity, in units of each image's first-order radius."""
 
-SCREENED_AT = 7
+SCREENED_AT = 4
 """Index in `EPS` of the radius at which images are screened: near where radii end up."""
 
 EXCEEDED = 0.001
 """Share of images whose remainder is to exceed omega, at every eps, as far as the fit is right."""
 
-SECOND_LOOK = 0.25
+SECOND_LOOK = 0.15
 """Share of blocks, those with the largest maxima, whose leaders are searched again with twice the effort."""
 
 
