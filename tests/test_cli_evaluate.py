@@ -185,6 +185,9 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
             "over_rejection": [attack],
         }
     )
+    alarms = {"jacobian": share(120, 1000)}
+    control = attack.model_copy(update={"name": "corruption-gaussian-noise", "false_alarms": alarms})
+    filled = filled.model_copy(update={"attacks": [attack, control]})
     lines = summary(filled, tmp_path / "r").splitlines()
     assert max(len(line) for line in lines if "wrote" not in line) <= 80
     assert "  margin-gradient linf 8/255   12.3% [0.1%, 99.9%], clean 87.0%" in lines
@@ -201,7 +204,16 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
         line.startswith("  pgd-restarts-margin-linf 8/255: ") and line.endswith(f" of {attack.n}")
         for line in lines
     )
-    texts = ("robust accuracy with rejection", "rejected by jacobian of what", "signs of masked")
+    assert any(
+        line.split() == ["corruption-gaussian-noise", "8/255", "12.0%", "[0.1%,", "99.9%]", "of", "1000"]
+        for line in lines
+    )
+    texts = (
+        "robust accuracy with rejection",
+        "rejected by jacobian of what attacks",
+        "rejected by jacobian of what noise",
+        "signs of masked",
+    )
     assert [next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts] == sorted(
         next(at for at, line in enumerate(lines) if line.startswith(text)) for text in texts
     )

@@ -529,6 +529,17 @@ def changed(evaluation: Evaluation, **update: Any) -> Evaluation:
     return Evaluation(evaluation.folder, results, evaluation.clean, evaluation.attacks)
 
 
+class TestControls:
+    def test_right_images_that_a_score_rejects_are_shown(self, evaluation: Evaluation) -> None:
+        control = next(one for one in evaluation.results.attacks if one.knowledge == "nothing")
+        assert "false alarms" not in text_of(page(evaluation)).lower()
+        alarms = {"jacobian": share_of(3, 30)}
+        shown = changed(evaluation, attacks=[control.model_copy(update={"false_alarms": alarms})])
+        said = words.share(share_of(3, 30))
+        assert f"{words.attack(control)}{said}–" in text_of(page(shown)), "and – for the other score"
+        assert f"| {words.attack(control)} | {said} | – |" in markdown.section(shown)
+
+
 class TestMarkdown:
     def test_tables_are_whole(self, evaluation: Evaluation) -> None:
         lines = markdown.section(evaluation, evaluation).splitlines()

@@ -213,6 +213,20 @@ def test_failures_are_judged_too(other_folder: Path, tmp_path: Path) -> None:
     assert [one.standing.count for one in results.standing] == [12, 8, 4]
 
 
+def test_controls_count_right_images_that_are_rejected(other_folder: Path, tmp_path: Path) -> None:
+    control = attack(name="noise-l2", knowledge="nothing", budgets=(0.01, 2.0, 3.0))
+    results = evaluated(other_folder, tmp_path / "out", control, attack(budgets=(2.0,)))
+    by_budget = {one.budget: one for one in results.attacks if one.name == "noise-l2"}
+    still, moved, gone = (by_budget[budget].false_alarms for budget in (0.01, 2.0, 3.0))
+    assert (still["jacobian"].count, still["jacobian"].n) == (4, 16), "as without noise"
+    assert (moved["jacobian"].count, moved["jacobian"].n) == (4, 4), "the farthest, before the boundary"
+    assert gone == {}, "none is right"
+    arrays = load_arrays(tmp_path / "out" / by_budget[0.01].file)
+    assert arrays["accepted_jacobian"].sum() == 12
+    assert np.isfinite(arrays["ratio_jacobian"]).all()
+    assert [one.false_alarms for one in results.attacks if one.name != "noise-l2"] == [{}]
+
+
 def test_aware_attacks_get_what_is_accepted_and_dear_ones_what_is_left(
     other_folder: Path, tmp_path: Path
 ) -> None:
@@ -390,8 +404,8 @@ def test_other_settings_are_refused(
         evaluated(other_folder, out, attack(), seed=1)
     with pytest.raises(UsageError, match="with other images: 20, now 7"):
         evaluated(other_folder, out, attack(), images=7)
-    monkeypatch.setattr("guard.evaluation.run.VERSION", 2)
-    with pytest.raises(UsageError, match="with other version: 1, now 2"):
+    monkeypatch.setattr("guard.evaluation.run.VERSION", 3)
+    with pytest.raises(UsageError, match="with other version: 2, now 3"):
         evaluated(other_folder, out, attack())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")

@@ -308,6 +308,12 @@ def summary(results: "Results", out: Path) -> str:
             found = one.detection[results.served]
             rejected = f"{_share(found.rejected)} of {found.rejected.n}"
             lines.append(f"  {words.attack(one):31s} {rejected:33s} {found.auroc:.3f}")
+    controls = [one for one in results.attacks if results.served in one.false_alarms]
+    if controls:
+        lines += ["", f"rejected by {results.served} of what noise and corruptions leave right:"]
+        for one in controls:
+            alarms = one.false_alarms[results.served]
+            lines.append(f"  {words.attack(one):31s} {_share(alarms)} of {alarms.n}")
     if results.over_rejection:
         lines += ["", "clean images that an attack makes rejected:"]
         lines += [

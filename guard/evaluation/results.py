@@ -54,7 +54,8 @@ where the served decision confirms it; `wrong` (n,): the image it returned, what
 predicted as another class; `distance` (n,) as measured in its norm, else in the attack's own measure, inf:
 failed; `l2`, `linf` (n,) of the perturbation; `passes` (n,) forward passes spent on each image; `image`
 float32 the attacked ones of the rows below `GALLERY`; measurements of the attacked image (n, ...), NaN where
-it is neither a success nor wrong; and `accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there)."""
+it is neither a success nor wrong; and `accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there). Of
+controls, which know nothing of the model, all images have these."""
 
 ROUNDING = 1e-6
 """How far beyond its budget, relatively or in pixel values, float32 may have carried a perturbation."""
@@ -85,6 +86,8 @@ class AttackResult(Record):
     rightly, less, for `aware` attacks, those that the guard rejects already, and less those of
     `settings["skipped"]`, which cheaper attacks had broken: of a dear attack that knows the detector the
     share is one of what was left, the harder images.
+
+    `false_alarms`, of controls alone: of the images that are still right, the share that each score rejects.
     """
 
     name: str
@@ -102,6 +105,7 @@ class AttackResult(Record):
     passes: float
     seconds: float
     detection: dict[ScoreName, Detection] = Field(default_factory=dict)
+    false_alarms: dict[ScoreName, Share] = Field(default_factory=dict)
     file: str
 
 

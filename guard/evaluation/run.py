@@ -62,7 +62,7 @@ from guard.stages import PIECE, Arrays, Stages
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
 not mixed with."""
 
@@ -173,13 +173,16 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
 
     The attack's word is not taken for anything: a success counts where the image is wrong (for a denial:
     rejected), within the budget and, for attacks that know a score, accepted by its guard. Its distance is
-    taken only where the attack has a measure of its own.
+    taken only where the attack has a measure of its own. Of a control every image is judged, since a right
+    one that is rejected counts too; of other attacks those that are wrong, or that they call a success.
     """
     attack, n = task.attack, len(images)
     attacked = _inside(found.images, images)
     moved = attacked - images
     arrays: Arrays = {"l2": length(moved, "l2"), "linf": length(moved, "linf")}
-    suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
+    suspects = np.arange(n)
+    if attack.knowledge != "nothing":
+        suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
     wrong = np.zeros(n, np.bool_)
     accepted = {score: np.zeros(n, np.bool_) for score in target.guards}
     ratio = {score: np.full(n, np.nan) for score in target.guards}
@@ -497,6 +500,7 @@ class _Run:
 
     def _result(self, task: Task, arrays: Arrays, seconds: float, details: dict[str, Any]) -> AttackResult:
         attack, success = task.attack, arrays["success"]
+        right = ~arrays["wrong"]
         return AttackResult(
             name=attack.name,
             title=attack.title,
@@ -519,6 +523,11 @@ class _Run:
                 )
                 for score in self.scores
                 if success.any() and not task.denial
+            },
+            false_alarms={
+                score: share(~arrays[f"accepted_{score}"][right])
+                for score in self.scores
+                if right.any() and attack.knowledge == "nothing"
             },
             file=task.file,
         )

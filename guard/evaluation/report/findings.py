@@ -67,6 +67,16 @@ def knowing(evaluation: Evaluation, score: ScoreName) -> list[str]:
     return sorted({one.name for one in evaluation.results.attacks if one.aware == score})
 
 
+def false_alarms(evaluation: Evaluation) -> list[list[str]]:
+    """A row per control and budget: its name and, by score, the share of still right images rejected."""
+    results = evaluation.results
+    return [
+        [words.attack(one), *(words.share(one.false_alarms.get(score)) for score in results.scores)]
+        for one in results.attacks
+        if one.false_alarms
+    ]
+
+
 def headline(evaluation: Evaluation) -> list[str]:
     """What stands under all attacks by the served score, a sentence per norm, and what to make of it."""
     results = evaluation.results

@@ -62,6 +62,11 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
             ["attack", *(f"rejected by {score}; AUROC" for score in results.scores)], _detection(evaluation)
         ),
     ]
+    alarms = findings.false_alarms(evaluation)
+    if alarms:
+        head = ["control", *(f"rejected by {score}" for score in results.scores)]
+        lines += ["", "False alarms: images that controls leave right, and that are rejected:"]
+        lines += ["", *_table(head, alarms)]
     if results.over_rejection:
         rows = [[words.attack(one), words.share(one.success)] for one in results.over_rejection]
         lines += ["", *_table(["attack that makes clean images rejected", "success"], rows)]

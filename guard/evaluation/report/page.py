@@ -324,6 +324,14 @@ def _detection(both: Sequence[Evaluation]) -> str:
         head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
         parts.append(_from([evaluation]))
         parts.append(_table(f"Detection, {findings.name(evaluation)}", head, rows))
+        alarms = findings.false_alarms(evaluation)
+        if alarms:
+            caption = f"False alarms of {findings.name(evaluation)}: right images rejected under controls"
+            parts.append(_table(caption, ("control", *(f"rejected by {score}" for score in scores)), alarms))
+            parts.append(
+                "<p>Noise and corruptions know nothing of the model: a detector that rejects what they leave "
+                "right costs its users.</p>"
+            )
     return "".join(parts)
 
 
