@@ -27,6 +27,7 @@ from guard.evaluation.results import (
     CLEAN_FILE,
     RESULTS,
     Check,
+    LeftOut,
     RadiusAudit,
     Results,
     Standing,
@@ -527,6 +528,17 @@ class TestFindings:
 def changed(evaluation: Evaluation, **update: Any) -> Evaluation:
     results = evaluation.results.model_copy(update=update)
     return Evaluation(evaluation.folder, results, evaluation.clean, evaluation.attacks)
+
+
+class TestLeftOut:
+    def test_attacks_that_cannot_take_the_model_are_named_with_the_reason(
+        self, evaluation: Evaluation
+    ) -> None:
+        assert "cannot take this model" not in text_of(page(evaluation))
+        refused = changed(evaluation, left_out=[LeftOut(name="square-l2", reason="Images are small & few.")])
+        said = "Left out, as they cannot take this model: square-l2 (Images are small & few.)"
+        assert said in text_of(page(refused))
+        assert said.replace("&", "&amp;") in markdown.section(refused)
 
 
 class TestControls:

@@ -395,6 +395,31 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     assert stopped.checks == []
 
 
+def refusing(target: Target, images: Floats, *_: Any) -> Found:
+    raise UsageError("needs larger images.")
+
+
+def test_an_attack_that_cannot_take_the_model_is_left_out(
+    other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    refused = attack(refusing, name="refusing-l2", passes=1)
+    results = evaluated(other_folder, out, attack(), refused)
+    assert [one.name for one in results.attacks] == ["straight-l2"] * 3
+    (left_out,) = results.left_out
+    assert (left_out.name, left_out.reason) == ("refusing-l2", "needs larger images.")
+    assert caplog.text.count("refusing-l2 is left out: needs larger images.") == 1
+    assert results.radii
+    assert not list(tmp_path.glob(".out*"))
+    assert evaluated(other_folder, out).left_out == results.left_out, "what was refused before is still said"
+    assert evaluated(other_folder, out, attack(name="refusing-l2"), attack()).left_out == []
+
+
+def test_the_only_attack_asked_for_says_why_it_cannot_run(other_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs larger images"):
+        evaluated(other_folder, tmp_path / "out", attack(refusing, name="refusing-l2"))
+
+
 def test_other_settings_are_refused(
     other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -320,6 +320,9 @@ def summary(results: "Results", out: Path) -> str:
             _cut(f"  {words.attack(one)}: {_share(one.success)} of {one.success.n}")
             for one in results.over_rejection
         ]
+    if results.left_out:
+        lines += ["", "left out, as they cannot take this model:"]
+        lines += [_cut(f"  {one.name}: {one.reason}") for one in results.left_out]
     if results.checks:
         failed = [check for check in results.checks if check.verdict == "failed"]
         skipped = sum(check.verdict == "not run" for check in results.checks)

@@ -156,6 +156,13 @@ class RadiusAudit(Record):
     alpha: float | None = None
 
 
+class LeftOut(Record):
+    """An attack of the run that cannot take the model or its images, and the error that it raised."""
+
+    name: str
+    reason: str
+
+
 class Results(Record):
     """`results.json`.
 
@@ -179,6 +186,7 @@ class Results(Record):
     attacks: list[AttackResult]
     standing: list[Standing]
     over_rejection: list[AttackResult] = Field(default_factory=list)
+    left_out: list[LeftOut] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     radii: list[RadiusAudit] = Field(default_factory=list)
     provenance: dict[str, Any]

@@ -44,6 +44,7 @@ from guard.evaluation.results import (
     Check,
     Detection,
     Finished,
+    LeftOut,
     RadiusAudit,
     Results,
     auroc,
@@ -159,10 +160,12 @@ def evaluate(
     Images are those of the calibration's report fold where `dataset` is the data it was calibrated on, else
     all, with a warning; in an order that the seed fixes. What `out` holds of an earlier run with the same
     bundle, data, scores, images and seed is kept and not computed again. `twin` is the digest of the network
-    that attacks of transfer are made on.
+    that attacks of transfer are made on. An attack that cannot take the model is left out with a warning,
+    unless no other is asked for.
 
     Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
-    `UsageError` where `out` holds something else, `BundleError` for the bundle, and what `Detector` raises.
+    `UsageError` where `out` holds something else, `BundleError` for the bundle, and what `Detector` raises,
+    or the only attack.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
     return run.evaluate(tasks, silent=silent)
@@ -272,6 +275,7 @@ class _Run:
         self.clean: Arrays = {}
         self.finished: list[Finished] = []
         self.denied: list[Finished] = []
+        self.left_out: dict[str, str] = {}
         self.checks: list[Check] = []
         self.radii: list[RadiusAudit] = []
 
@@ -284,6 +288,9 @@ class _Run:
         for key in asked.keys() & done.keys():
             self._compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
+        self.alone = len({task.attack.name for task in tasks}) == 1
+        for task in left:
+            self.left_out.pop(task.attack.name, None)
         passes = {task.file: self._count(task) * task.attack.passes for task in left}
         last = self._last_passes()
         total = sum(passes.values()) + last
@@ -340,6 +347,7 @@ class _Run:
                     log.warning(
                         "%s counts no longer, and is run again where it is asked for: %s", one.name, error
                     )
+        self.left_out = {one.name: one.reason for one in results.left_out}
         twins = {one.result.settings.get("twin") for one in self.finished} - {None}
         if self.twin is not None and twins - {self.twin}:
             raise UsageError(
@@ -462,6 +470,9 @@ class _Run:
     def _attack(self, task: Task, progress: Progress) -> None:
         attack = task.attack
         eligible = self._eligible(task)
+        if attack.name in self.left_out:
+            progress.advance(len(eligible) * attack.passes, attack.name)
+            return
         rows = self._open(task, eligible)
         progress.advance((len(eligible) - len(rows)) * attack.passes, attack.name)
         if not len(rows):
@@ -483,7 +494,16 @@ class _Run:
         keywords = _keywords(attack.run)
         with self._stages(task.file, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
-            arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size)
+            try:
+                arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size)
+            except (UsageError, DataError) as error:  # it cannot take this model, or these images
+                if self.alone:
+                    raise
+                log.warning("%s is left out: %s", attack.name, error)
+                self.left_out[attack.name] = str(error)
+                progress.advance(len(rows) * attack.passes, attack.name)
+                self._write()
+                return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
             details = {
                 "images": self.settings.count(attack),
@@ -666,6 +686,7 @@ class _Run:
             attacks=[one.result for one in self.finished],
             standing=standing.standings(self.finished, clean, self.scores, budgets),
             over_rejection=[one.result for one in self.denied],
+            left_out=[LeftOut(name=name, reason=reason) for name, reason in self.left_out.items()],
             checks=self.checks,
             radii=self.radii,
             provenance=provenance(self.arguments, seed=settings.seed),

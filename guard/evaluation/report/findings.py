@@ -62,6 +62,12 @@ def not_run(evaluation: Evaluation) -> list[str]:
     ]
 
 
+def left_out(evaluation: Evaluation) -> str:
+    """The attacks that were asked for and cannot take this model, each with its reason; empty: none."""
+    refused = [f"{one.name} ({one.reason})" for one in evaluation.results.left_out]
+    return f"Left out, as they cannot take this model: {'; '.join(refused)}" if refused else ""
+
+
 def knowing(evaluation: Evaluation, score: ScoreName) -> list[str]:
     """Names of the attacks of the run that know a score and evade it."""
     return sorted({one.name for one in evaluation.results.attacks if one.aware == score})

@@ -73,6 +73,9 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     missing = findings.not_run(evaluation)
     if missing:
         lines += ["", f"Not run: {', '.join(missing)}."]
+    refused = findings.left_out(evaluation)
+    if refused:
+        lines += ["", _escape(refused)]
     return "\n".join(lines) + "\n"
 
 

@@ -111,6 +111,9 @@ def _verdict(both: Sequence[Evaluation]) -> str:
         parts.append(
             f"<p>Attacks not run: {escape(', '.join(missing))}. What they would find is unknown.</p>"
         )
+    refused = findings.left_out(evaluation)
+    if refused:
+        parts.append(f"<p>{escape(refused)}</p>")
     if results.over_rejection:
         rows = [
             [words.attack(one), one.title, words.share(one.success), words.median(one.distance), one.source]
