@@ -130,7 +130,10 @@ def test_interruption_says_how_to_go_on(
     monkeypatch.setattr("guard.evaluation.masking.probe", interrupted)
     words = (folder, "--val", "colours.npz", "--attacks", "pgd-l2", "--out", "out")
     assert run(*words) == 130
-    expected = "guard: error: interrupted: what is finished lies in out; the same command goes on from there"
+    expected = (
+        "guard: error: interrupted: what is finished lies in out; the same command goes on from there. "
+        "Outstanding: signs of masked gradients, audit of the radii"
+    )
     assert capsys.readouterr().err.strip().splitlines()[-1] == expected
     assert len(load("out").attacks) == 3
 

@@ -491,9 +491,12 @@ class TestFindings:
         assert "\n    guard evaluate --attacks fmn-l2\n" in markdown.section(both)
 
     def test_a_run_that_was_stopped_says_so_first(self, evaluation: Evaluation) -> None:
-        said = "The run was stopped before its end"
-        assert findings.headline(changed(evaluation, checks=[], radii=[]))[0].startswith(said)
-        assert not any(said in sentence for sentence in findings.headline(evaluation))
+        assert findings.headline(changed(evaluation, outstanding=["fab-l2", "audit of the radii"]))[0] == (
+            "The run is not finished: outstanding are fab-l2, audit of the radii. Attacks that are missing "
+            "would leave less standing. The same command goes on from here."
+        )
+        bare = changed(evaluation, checks=[], radii=[])
+        assert not any("not finished" in sentence for sentence in findings.headline(bare))
 
     def test_images_on_which_all_attacks_ran_stand_beside_the_headline(self, evaluation: Evaluation) -> None:
         first = evaluation.results.standing[0].model_copy(update={"complete": share_of(3, 20)})
@@ -630,6 +633,13 @@ class TestCommand:
         facts.write_text("[]")
         assert main(["report", str(folder), "--out", str(out), "--stability", str(facts)]) == 1
         assert "is not what guard info --dataset D --json writes" in capsys.readouterr().err
+
+    def test_a_run_that_is_not_finished_is_reported_as_such(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = copied(folder, tmp_path / "r", outstanding=["fab-l2"])
+        assert main(["report", str(path)]) == 0
+        assert "not finished, outstanding: fab-l2" in capsys.readouterr().out
 
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["report", str(tmp_path)]) == 1

@@ -393,6 +393,12 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     assert [one.name for one in stopped.attacks] == ["straight-l2", "later-l2"]
     assert stopped.radii == []
     assert stopped.checks == []
+    assert stopped.outstanding == ["last-l2", "signs of masked gradients", "audit of the radii"]
+    assert first.outstanding == []
+    assert evaluated(other_folder, out, *later[:1]).outstanding == []
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(other_folder, out, later[1])
+    assert load(out).outstanding[0] == "last-l2", "before it has finished anything"
 
 
 def refusing(target: Target, images: Floats, *_: Any) -> Found:

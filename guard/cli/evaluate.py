@@ -159,9 +159,21 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
             f"interrupted: what is finished lies in {arguments.out}; the same command goes on from there"
+            + _outstanding(arguments.out)
         ) from error
     emit(arguments, results.model_dump(mode="json"), summary(results, arguments.out))
     return 0
+
+
+def _outstanding(out: Path) -> str:
+    from guard.errors import DataError
+    from guard.evaluation.results import load
+
+    try:
+        names = load(out).outstanding
+    except DataError:  # nothing is finished
+        return ""
+    return f". Outstanding: {', '.join(names)}" if names else ""
 
 
 def _dataset(arguments: argparse.Namespace, folder: Path) -> "Dataset":

@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         _write_section(arguments.markdown, markdown.section(evaluation, against), evaluation)
         lines.append(f"wrote the section Attacks of {arguments.markdown}")
     results = evaluation.results
+    if results.outstanding:
+        lines.append(f"the run is not finished, outstanding: {', '.join(results.outstanding)}")
     record = {
         "report": str(out),
         "markdown": None if arguments.markdown is None else str(arguments.markdown),

@@ -8,7 +8,8 @@ scores/SCORE.json     `Calibration` of a score that the bundle does not serve
 masking.npz           `guard.evaluation.masking.probe`
 radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none
 
-results.json is written anew after every attack, so that a run that was stopped can be read too.
+results.json is written anew before every attack and at the end, so that a run that was stopped can be read
+too.
 """
 
 import math
@@ -167,7 +168,8 @@ class Results(Record):
     """`results.json`.
 
     `bundle` holds `name` and `digest`, and may hold `class_names` and `thresholds` by score; `data` holds
-    `name`.
+    `name`. `outstanding` names the attacks that the run has not finished and what it ends with; empty: it is
+    finished.
     """
 
     schema_version: Literal[1] = 1
@@ -186,6 +188,7 @@ class Results(Record):
     attacks: list[AttackResult]
     standing: list[Standing]
     over_rejection: list[AttackResult] = Field(default_factory=list)
+    outstanding: list[str] = Field(default_factory=list)
     left_out: list[LeftOut] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     radii: list[RadiusAudit] = Field(default_factory=list)

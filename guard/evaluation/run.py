@@ -79,6 +79,9 @@ PIECE_PASSES = 100_000
 RANDOM_OMEGA = 500
 """Images of the radii fold that the ablation of omega by random perturbations is fitted to."""
 
+LAST = ("signs of masked gradients", "audit of the radii")
+"""What a run ends with, once all attacks have run."""
+
 PROBED, PROBED_QUICK = 100, 32
 """Images that the masking checks' own attacks are run on."""
 
@@ -296,8 +299,12 @@ class _Run:
         total = sum(passes.values()) + last
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent) as progress:
-            for task in left:
+            names = [task.attack.name for task in left]
+            for at, task in enumerate(left):
+                self._write([*names[at:], *LAST])
                 self._attack(task, progress)
+            if left:
+                self._write(LAST)
             self._mask(progress)
             self._audit(progress)
             return self._write()
@@ -502,7 +509,6 @@ class _Run:
                 log.warning("%s is left out: %s", attack.name, error)
                 self.left_out[attack.name] = str(error)
                 progress.advance(len(rows) * attack.passes, attack.name)
-                self._write()
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
             details = {
@@ -516,7 +522,6 @@ class _Run:
             result = self._result(task, arrays, seconds, details)
             _save(self.out / task.file, arrays)
             (self.denied if task.denial else self.finished).append(Finished(result, arrays))
-            self._write()
 
     def _result(self, task: Task, arrays: Arrays, seconds: float, details: dict[str, Any]) -> AttackResult:
         attack, success = task.attack, arrays["success"]
@@ -636,12 +641,12 @@ class _Run:
 
     # --- the record
 
-    def _write(self) -> Results:
-        results = self._results()
+    def _write(self, outstanding: Sequence[str] = ()) -> Results:
+        results = self._results(outstanding)
         write_bytes(self.out / RESULTS, bundles.dump(results))
         return results
 
-    def _results(self) -> Results:
+    def _results(self, outstanding: Sequence[str]) -> Results:
         settings, clean, found = self.settings, self.clean, self.found
         jacobian = summary(clean["jacobian"])
         if jacobian is None:
@@ -686,6 +691,7 @@ class _Run:
             attacks=[one.result for one in self.finished],
             standing=standing.standings(self.finished, clean, self.scores, budgets),
             over_rejection=[one.result for one in self.denied],
+            outstanding=list(dict.fromkeys(outstanding)),
             left_out=[LeftOut(name=name, reason=reason) for name, reason in self.left_out.items()],
             checks=self.checks,
             radii=self.radii,

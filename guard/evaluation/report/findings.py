@@ -89,10 +89,10 @@ def headline(evaluation: Evaluation) -> list[str]:
     score = results.served
     aware = knowing(evaluation, score)
     said = []
-    if results.attacks and not results.checks and not results.radii:  # what a run ends with
+    if results.outstanding:
         said.append(
-            "The run was stopped before its end: attacks of its command may be missing, and would leave less "
-            "standing. The same command goes on from here."
+            f"The run is not finished: outstanding are {', '.join(results.outstanding)}. Attacks that are "
+            "missing would leave less standing. The same command goes on from here."
         )
     for norm in ("l2", "linf"):
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
