@@ -20,7 +20,10 @@ from guard.calibration import calibrate, rescored
 from guard.data import Dataset
 from guard.errors import DataError, UsageError
 from guard.evaluation.attack import Attack
-from guard.evaluation.results import ARRAYS, CLEAN, Results, load, load_arrays
+from guard.evaluation.report import findings, markdown
+from guard.evaluation.report.page import page
+from guard.evaluation.report.reading import read
+from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, load, load_arrays
 from guard.evaluation.run import Settings, Task, evaluate, tasks_of
 from guard.evaluation.target import Target
 from guard.progress import Progress
@@ -95,6 +98,11 @@ def evaluated(folder: Path, out: Path, *attacks: Attack, **changes: Any) -> Resu
     )
 
 
+def broken_by(result: AttackResult) -> int:
+    assert result.success is not None
+    return result.success.count
+
+
 def test_the_headline_is_what_the_closed_form_says(other_folder: Path, tmp_path: Path) -> None:
     results = evaluated(other_folder, tmp_path / "out", attack())
     assert (results.images, results.accuracy.count) == (20, 16)
@@ -108,7 +116,7 @@ def test_the_headline_is_what_the_closed_form_says(other_folder: Path, tmp_path:
     assert standing[2.0].complete is None
     # The detector sees what has just crossed the boundary, and nothing of what is deep.
     by_budget = {one.budget: one for one in results.attacks}
-    assert [by_budget[budget].success.count for budget in (2.0, 2.5, 3.0)] == [12, 16, 16]
+    assert [broken_by(by_budget[budget]) for budget in (2.0, 2.5, 3.0)] == [12, 16, 16]
     assert by_budget[2.0].detection["jacobian"].rejected.value == 8 / 12
     assert by_budget[3.0].n == 16
     assert by_budget[3.0].distance is None
@@ -144,9 +152,9 @@ def test_an_attacks_word_is_not_taken(other_folder: Path, tmp_path: Path) -> Non
     too_far = attack(partial(straight, moved=3.0), name="too-far-l2", budgets=(2.5,))
     results = evaluated(other_folder, tmp_path / "out", attack(still, name="still-l2"), too_far)
     by_name = {one.name: one for one in results.attacks}
-    assert by_name["still-l2"].success.count == 0
+    assert broken_by(by_name["still-l2"]) == 0
     assert by_name["still-l2"].settings["unconfirmed"] == 16
-    assert by_name["too-far-l2"].success.count == 0
+    assert broken_by(by_name["too-far-l2"]) == 0
     # What it found beyond its budget counts where that budget is given.
     standing = {one.budget: one.standing.count for one in results.standing}
     assert standing == {2.0: 12, 2.5: 12, 3.0: 4}
@@ -178,7 +186,7 @@ def test_what_is_no_number_breaks_nothing_and_hides_nothing(other_folder: Path, 
     bare = given(other_folder, green, tmp_path / "bare", [])
     results = given(other_folder, green, tmp_path / "out", tasks_of([attack(broken)]))
     for one in results.attacks:
-        assert (one.n, one.success.count, one.settings["unconfirmed"]) == (16, 0, 16)
+        assert (one.n, broken_by(one), one.settings["unconfirmed"]) == (16, 0, 16)
         assert not load_arrays(tmp_path / "out" / one.file)["wrong"].any()
     assert results.radii == bare.radii
     assert bare.radii[0].mean_distance > 0
@@ -209,7 +217,7 @@ def test_failures_are_judged_too(other_folder: Path, tmp_path: Path) -> None:
         return replace(straight(*given), success=np.zeros(len(given[1]), np.bool_))
 
     results = evaluated(other_folder, tmp_path / "out", attack(modest))
-    assert [one.success.count for one in results.attacks] == [0, 0, 0]
+    assert [broken_by(one) for one in results.attacks] == [0, 0, 0]
     assert [one.standing.count for one in results.standing] == [12, 8, 4]
 
 
@@ -240,11 +248,27 @@ def test_aware_attacks_get_what_is_accepted_and_dear_ones_what_is_left(
     cheap = attack(counting, name="cheap-l2", aware="jacobian", passes=20, budgets=(3.0,))
     results = evaluated(other_folder, tmp_path / "out", dear, attack(budgets=(2.5,)), cheap)
     by_name = {one.name: one for one in results.attacks}
-    assert (by_name["cheap-l2"].n, by_name["cheap-l2"].success.count) == (12, 8)
-    assert (by_name["dear-l2"].n, by_name["dear-l2"].success.count) == (4, 0)
+    assert (by_name["cheap-l2"].n, broken_by(by_name["cheap-l2"])) == (12, 8)
+    assert (by_name["dear-l2"].n, broken_by(by_name["dear-l2"])) == (4, 0)
     assert by_name["dear-l2"].settings["skipped"] == 8
     assert sum(seen) == 16
     assert results.standing[-1].standing.count == 4
+
+
+def test_an_attack_with_no_image_left_was_run(other_folder: Path, tmp_path: Path) -> None:
+    cheap = attack(partial(straight, moved=4.0), name="cheap-l2", aware="jacobian", budgets=(4.5,))
+    dear = attack(refusing, name="dear-l2", aware="jacobian", passes=2000, budgets=(4.5,))
+    out = tmp_path / "out"
+    results = evaluated(other_folder, out, cheap, dear)
+    spared = results.attacks[1]
+    assert (spared.name, spared.n, spared.success, spared.detection) == ("dear-l2", 0, None, {})
+    assert spared.settings["skipped"] == results.attacks[0].n == 12
+    assert evaluated(other_folder, out, cheap, dear).attacks == results.attacks
+    found = read(out)
+    assert findings.knowing(found, "jacobian") == ["cheap-l2", "dear-l2"]
+    row = "| dear-l2 4.5 | gradients, evades jacobian | all 12 broken before | – |"
+    assert row in markdown.section(found)
+    assert "all 12 broken before" in page(found)
 
 
 def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Path, tmp_path: Path) -> None:
@@ -261,7 +285,7 @@ def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Pa
         silent=True,
     )
     (found,) = results.over_rejection
-    assert (found.n, found.success.count) == (12, 12)
+    assert (found.n, broken_by(found)) == (12, 12)
     assert results.attacks == []
     assert results.standing == []
 
@@ -438,10 +462,29 @@ def test_other_settings_are_refused(
     monkeypatch.setattr("guard.evaluation.run.VERSION", 3)
     with pytest.raises(UsageError, match="with other version: 2, now 3"):
         evaluated(other_folder, out, attack())
+    kept = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(kept | {"provider": "cuda", "version": 3}))
+    with pytest.raises(UsageError, match="with other provider: cuda, now cpu"):
+        evaluated(other_folder, out, attack())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UsageError, match="holds files but no evaluation"):
         evaluated(other_folder, tmp_path / "mine", attack())
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_broken_settings_are_named(other_folder: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"settings\.json: holds no settings that can be read.* new folder"):
+        evaluated(other_folder, tmp_path / "out", attack())
+
+
+def test_an_attack_on_a_score_that_is_not_judged_is_refused(other_folder: Path, tmp_path: Path) -> None:
+    knowing = attack(name="joint-radius-l2", aware="radius")
+    with pytest.raises(UsageError, match=r"joint-radius-l2 knows the score radius.* jacobian"):
+        evaluated(other_folder, tmp_path / "out", knowing)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_attack_of_the_same_name_with_other_settings_is_refused(
@@ -573,6 +616,7 @@ def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset,
         return pgd(target.model, images, labels, budget, norm="linf", clip=True, seed=seed)
 
     scores: tuple[ScoreName, ...] = ("radius", "combined", "radius")
+    other: tuple[ScoreName, ...] = ("combined", "jacobian", "radius")
     settings = Settings(scores=scores, budgets={"linf": (0.2,)}, images=60, quick=True)
     tasks = [Task(attack(ascent, name="ascent-linf", norm="linf"), 0.2)]
     results = evaluate(
@@ -583,6 +627,11 @@ def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset,
     assert set(results.rejected) == set(results.scores)
     assert [one.score for one in results.standing] == results.scores
     assert set(results.attacks[0].detection) == set(results.scores)
+    turned = replace(settings, scores=other)
+    again = evaluate(
+        calibrated, noise, tmp_path / "out", tasks, turned, provider="cpu", threads=1, silent=True
+    )
+    assert again.attacks == results.attacks, "their order does not count"
     kept = sorted(path.name for path in (tmp_path / "out" / "scores").iterdir())
     assert kept == ["combined.json", "radius.json"]
     arrays = load_arrays(tmp_path / "out" / results.attacks[0].file)

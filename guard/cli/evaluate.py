@@ -331,6 +331,7 @@ def summary(results: "Results", out: Path) -> str:
         lines += [
             _cut(f"  {words.attack(one)}: {_share(one.success)} of {one.success.n}")
             for one in results.over_rejection
+            if one.success is not None
         ]
     if results.left_out:
         lines += ["", "left out, as they cannot take this model:"]

@@ -86,7 +86,7 @@ class AttackResult(Record):
     """One attack at one budget (None: nearest). Shares are of the n images it was run on: those classified
     rightly, less, for `aware` attacks, those that the guard rejects already, and less those of
     `settings["skipped"]`, which cheaper attacks had broken: of a dear attack that knows the detector the
-    share is one of what was left, the harder images.
+    share is one of what was left, the harder images. Where none was left, n is 0 and `success` None.
 
     `false_alarms`, of controls alone: of the images that are still right, the share that each score rejects.
     """
@@ -101,7 +101,7 @@ class AttackResult(Record):
     source: str
     settings: dict[str, Any] = Field(default_factory=dict)
     n: int
-    success: Share
+    success: Share | None
     distance: Summary | None
     passes: float
     seconds: float

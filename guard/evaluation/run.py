@@ -187,7 +187,7 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
     moved = attacked - images
     arrays: Arrays = {"l2": length(moved, "l2"), "linf": length(moved, "linf")}
     suspects = np.arange(n)
-    if attack.knowledge != "nothing":
+    if n and attack.knowledge != "nothing":
         suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
     wrong = np.zeros(n, np.bool_)
     accepted = {score: np.zeros(n, np.bool_) for score in target.guards}
@@ -275,6 +275,7 @@ class _Run:
                 "Give more images, or --images a larger number."
             )
         self.labels: Labels = _labels(dataset)[self.index]
+        self.model = Detector(self.found.model, score="jacobian", provider=provider, threads=threads)
         self.clean: Arrays = {}
         self.finished: list[Finished] = []
         self.denied: list[Finished] = []
@@ -283,6 +284,12 @@ class _Run:
         self.radii: list[RadiusAudit] = []
 
     def evaluate(self, tasks: Sequence[Task], *, silent: bool) -> Results:
+        for task in tasks:
+            if task.attack.aware not in (None, *self.scores):
+                raise UsageError(
+                    f"{task.attack.name} knows the score {task.attack.aware}, which is not judged: add it to "
+                    f"the scores (now {', '.join(self.scores)})."
+                )
         self._take_up()
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
@@ -319,7 +326,8 @@ class _Run:
             "model": self.found.digest,
             "calibration": self.found.manifest.files[bundles.CALIBRATION],
             "data": self.dataset.digest,
-            "scores": list(self.scores),
+            "provider": self.model.provider,
+            "scores": sorted(self.scores),
             "images": len(self.index),
             "dear images": settings.dear_images,
             "query images": settings.query_images,
@@ -335,7 +343,12 @@ class _Run:
                 raise UsageError(f"--out {self.out}: holds files but no evaluation. Choose a new folder.")
             write_text(path, json.dumps(now, indent=1) + "\n")
             return
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: holds no settings that can be read ({error}). Evaluate again into a new folder."
+            ) from error
         for name, value in now.items():
             if before.get(name) != value:
                 raise UsageError(
@@ -379,16 +392,14 @@ class _Run:
     # --- the target and its clean images
 
     def _target(self, *, silent: bool) -> Target:
-        model = Detector(self.found.model, score="jacobian", provider=self.provider, threads=self.threads)
-        guards = {score: self._guard(score, model, silent=silent) for score in self.scores}
-        return Target(model, guards)
+        return Target(self.model, {score: self._guard(score, silent=silent) for score in self.scores})
 
-    def _guard(self, score: ScoreName, model: Detector, *, silent: bool) -> Guard:
+    def _guard(self, score: ScoreName, *, silent: bool) -> Guard:
         calibration = self.calibration
         if score != calibration.score:
             calibration = self._calibration(score, silent=silent)
-        detector = model
-        if score != model.score:
+        detector = self.model
+        if score != detector.score:
             detector = Detector(self.found.model, score=score, provider=self.provider, threads=self.threads)
         bundle = Bundle(self.found.path, self.found.manifest, calibration)
         return Guard(bundle, detector, self.policy)
@@ -482,8 +493,8 @@ class _Run:
             return
         rows = self._open(task, eligible)
         progress.advance((len(eligible) - len(rows)) * attack.passes, attack.name)
-        if not len(rows):
-            log.info("%s: no image is left to attack", task.file)
+        if not len(eligible):
+            log.info("%s: no image is right and accepted", task.file)
             return
 
         def piece(part: Labels) -> Arrays:
@@ -502,7 +513,9 @@ class _Run:
         with self._stages(task.file, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             try:
-                arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size)
+                arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size) or self._spared(
+                    task
+                )
             except (UsageError, DataError) as error:  # it cannot take this model, or these images
                 if self.alone:
                     raise
@@ -523,6 +536,14 @@ class _Run:
             _save(self.out / task.file, arrays)
             (self.denied if task.denial else self.finished).append(Finished(result, arrays))
 
+    def _spared(self, task: Task) -> Arrays:
+        """The arrays of an attack that no image is left to."""
+        none = np.zeros(0, np.int64)
+        images = self._pixels(none)
+        found = Found(images, np.zeros(0, np.bool_), np.zeros(0))
+        arrays: Arrays = {"row": none, "image": images, "seconds": np.zeros(0)}
+        return arrays | judged(self.target, task, images, none, found)
+
     def _result(self, task: Task, arrays: Arrays, seconds: float, details: dict[str, Any]) -> AttackResult:
         attack, success = task.attack, arrays["success"]
         right = ~arrays["wrong"]
@@ -537,9 +558,9 @@ class _Run:
             source=attack.source,
             settings=details,
             n=len(success),
-            success=share(success),
+            success=share(success) if len(success) else None,
             distance=summary(arrays["distance"]) if task.budget is None else None,
-            passes=float(arrays["passes"].mean()),
+            passes=float(arrays["passes"].mean()) if len(success) else 0.0,
             seconds=seconds,
             detection={
                 score: Detection(

@@ -93,6 +93,8 @@ def attack(result: AttackResult) -> str:
 def success(result: AttackResult) -> str:
     """An attack's success, and how many images it was spared because cheaper attacks had broken them."""
     spared = result.settings.get("skipped")
+    if result.success is None:
+        return f"all {spared} broken before"
     return share(result.success) + (f"; {spared} broken before left out" if spared else "")
 
 
