@@ -11,7 +11,7 @@ from guard.bundle import Bundle
 from guard.certificate import Radius
 from guard.decision import Guard
 from guard.evaluation import audit
-from guard.evaluation.audit import attacks_inside, audited, random_omega
+from guard.evaluation.audit import attacks_inside, audited, random_omega, random_remainders
 from guard.evaluation.target import Target
 from guard.runtime import Detector
 from guard.settings import Policy
@@ -74,7 +74,7 @@ def test_every_radius_against_exact_distances(tmp_path: Path) -> None:
     target, bundle = target_of(tmp_path / "b", kappa=1.5)
     clean = target.guards["jacobian"].measure(IMAGES)
     distances = {norm: exact(norm) * 1.0001 for norm in NORMS}  # ties are not broken
-    tables = {norm: random_omega(target.model, IMAGES, norm) for norm in NORMS}
+    tables = {norm: random_omega(random_remainders(target.model, IMAGES, norm)) for norm in NORMS}
     found = audit.radii(target, bundle, clean, distances, random=tables)
     l2 = {one.method: one for one in found if one.norm == "l2"}
     assert list(l2) == [
@@ -138,11 +138,12 @@ def test_what_the_first_attack_misses_is_looked_for_inside_every_radius(
 
 def test_random_perturbations_see_next_to_nothing_of_omega() -> None:
     model = Detector(networks.convolutional(classes=3, scale=20.0), provider="cpu")
-    table = random_omega(model, networks.images(40), "l2")
+    table = random_omega(random_remainders(model, networks.images(40), "l2"))
     assert table.relative
     assert (np.diff(table.values, axis=1) >= 0).all()
     assert 0 < table.values[0, -1] < 0.5
-    again = random_omega(model, networks.images(40), "l2")
+    again = random_omega(random_remainders(model, networks.images(40), "l2"))
     assert (again.values == table.values).all()
-    linear = random_omega(Detector(networks.linear(WEIGHT[:2]), provider="cpu"), IMAGES, "linf")
+    detector = Detector(networks.linear(WEIGHT[:2]), provider="cpu")
+    linear = random_omega(random_remainders(detector, IMAGES, "linf"))
     assert linear.values == pytest.approx(0, abs=1e-4)

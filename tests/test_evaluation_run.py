@@ -1,4 +1,5 @@
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from guard.calibration import calibrate, rescored
 from guard.data import Dataset
 from guard.errors import DataError, UsageError
 from guard.evaluation.attack import Attack
+from guard.evaluation.audit import RANDOM_PASSES
 from guard.evaluation.report import findings, markdown
 from guard.evaluation.report.page import page
 from guard.evaluation.report.reading import read
 from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, load, load_arrays
 from guard.evaluation.run import Settings, Task, evaluate, tasks_of
 from guard.evaluation.target import Target
+from guard.fitting import EPS
 from guard.progress import Progress
 from guard.stages import Stages
 from tests.networks import convolutional
@@ -385,6 +388,22 @@ def test_attacks_added_later_leave_finished_ones_alone(other_folder: Path, tmp_p
     assert third.standing == second.standing
 
 
+def test_only_what_is_not_done_yet_is_announced(
+    other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "guard")
+    out = tmp_path / "out"
+    evaluated(other_folder, out, attack())
+    assert "attacks to run: 1, each at its budgets" in caplog.text
+    caplog.clear()
+    evaluate(other_folder, colours(), out, tasks_of([attack()]), SETTINGS, provider="cpu", threads=1)
+    assert f"{out}: nothing is left to run" in caplog.text
+    assert "attacks to run" not in caplog.text
+    assert capsys.readouterr().err == ""
+    evaluated(other_folder, out, attack(name="later-l2", passes=30))
+    assert "attacks to run: 1, each at its budgets; at most 1.4e+03 forward passes" in caplog.text
+
+
 @pytest.mark.parametrize("content", [None, b"PK"])
 def test_an_attack_whose_file_is_lost_or_broken_is_run_again(
     other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
@@ -640,3 +659,27 @@ def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset,
         assert (arrays[f"accepted_{score}"][wrong] == (arrays[f"ratio_{score}"][wrong] <= 1)).all()
     assert results.bundle["thresholds"].keys() == set(results.scores)
     assert {check.verdict for check in results.checks} <= {"passed", "not run"}
+
+
+def test_omega_of_random_perturbations_is_kept(
+    calibrated: Path,
+    noise: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "guard")
+    settings = Settings(images=4)
+    run = partial(evaluate, calibrated, noise, tmp_path / "out", [], settings, provider="cpu", threads=1)
+    before = run(silent=True).radii
+    assert sum(one.method == "omega-bound, random perturbations" for one in before) == 2
+    fold = len(data.folds(len(noise), 0)["radii"])
+    for norm in ("l2", "linf"):
+        kept = load_arrays(tmp_path / "out" / f"omega-random-{norm}.npz")
+        assert kept["remainder"].shape == (fold, len(EPS))
+    monkeypatch.setattr("guard.evaluation.audit.random_remainders", lambda *_, **__: pytest.fail("again"))
+    assert run(silent=True).radii == before
+    (tmp_path / "out" / "omega-random-l2.npz").unlink()
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        run(silent=True)
+    assert f"at most {fold * RANDOM_PASSES:.2g} forward passes" in caplog.text

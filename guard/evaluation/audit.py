@@ -20,9 +20,13 @@ from guard.evaluation.results import RadiusAudit
 from guard.evaluation.target import Flags, Target, Values
 from guard.fitting import EPS, Effort
 from guard.runtime import Measurement
+from guard.stages import Arrays
 
 DIRECTIONS = 4
 """Random directions per image for the ablation of the modulus of continuity."""
+
+RANDOM_PASSES = 1 + 3 + DIRECTIONS * len(EPS)
+"""Cost of `random_remainders` per image in forward passes."""
 
 
 def radii(
@@ -135,20 +139,11 @@ def attacks_inside(
     return found
 
 
-def random_omega(
-    model: Differentiable,
-    images: Floats,
-    norm: Norm,
-    *,
-    effort: Effort = Effort(),  # noqa: B008 - immutable
-    seed: int = 0,
-) -> OmegaTable:
-    """SCALE's modulus of continuity from random perturbations alone, an ablation: far too small.
+def random_remainders(model: Differentiable, images: Floats, norm: Norm, *, seed: int = 0) -> Arrays:
+    """What `random_omega` is fitted to: `radius` (B,), first-order, and `remainder` (B, E) at the grid `EPS`.
 
-    `images` (B, C, H, W) are those of the fold that omega was fitted to. Grid, fit and size of bins are
-    the served table's, but instead of ascent `DIRECTIONS` random directions per image, and the remainder
-    against <v, ∇l(x)> (SCALE eq. 5). Costs `DIRECTIONS` passes per point of the grid. Status: estimate, of
-    radii known to be too large.
+    Instead of the served table's ascent `DIRECTIONS` random directions per image, and the remainder against
+    <v, ∇l(x)> (SCALE eq. 5). Costs `RANDOM_PASSES` per image.
     """
     generator = np.random.default_rng([seed, NORMS.index(norm)])
     base = fitting.base_of(model, images, norm)
@@ -164,8 +159,17 @@ def random_omega(
             logits[index, base.labels] = -np.inf
             remainder = logits.max(axis=1) - own + base.margin - reach * linear
             values[:, at] = np.fmax(values[:, at], base.relative(remainder))
-    plan = fitting.layout(base.radius, effort)
-    return fitting.omega(plan, np.maximum.accumulate(values, axis=1)).table
+    return {"radius": base.radius, "remainder": np.maximum.accumulate(values, axis=1)}
+
+
+def random_omega(remainders: Arrays, effort: Effort = Effort()) -> OmegaTable:  # noqa: B008 - immutable
+    """SCALE's modulus of continuity from random perturbations alone, an ablation: far too small.
+
+    `remainders` are those of `random_remainders`, of the fold that omega was fitted to; fit and size of bins
+    are the served table's. Status: estimate, of radii known to be too large.
+    """
+    plan = fitting.layout(remainders["radius"], effort)
+    return fitting.omega(plan, remainders["remainder"]).table
 
 
 def _accepted(guard: Guard, measurement: Measurement) -> Flags:

@@ -7,6 +7,7 @@ attacks/NAME.npz      `ARRAYS` of one attack at one budget, over the images it w
 scores/SCORE.json     `Calibration` of a score that the bundle does not serve
 masking.npz           `guard.evaluation.masking.probe`
 radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none
+omega-random-NORM.npz `guard.evaluation.audit.random_remainders` of images of the radii fold
 
 results.json is written anew before every attack and at the end, so that a run that was stopped can be read
 too.

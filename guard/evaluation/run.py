@@ -79,6 +79,8 @@ PIECE_PASSES = 100_000
 RANDOM_OMEGA = 500
 """Images of the radii fold that the ablation of omega by random perturbations is fitted to."""
 
+MASKING = "masking.npz"
+
 LAST = ("signs of masked gradients", "audit of the radii")
 """What a run ends with, once all attacks have run."""
 
@@ -305,7 +307,7 @@ class _Run:
         last = self._last_passes()
         total = sum(passes.values()) + last
         self._announce(left, total)
-        with Progress(total, "evaluate", silent=silent) as progress:
+        with Progress(total, "evaluate", silent=silent or not total) as progress:
             names = [task.attack.name for task in left]
             for at, task in enumerate(left):
                 self._write([*names[at:], *LAST])
@@ -581,16 +583,40 @@ class _Run:
     # --- what is looked at once all attacks have run
 
     def _last_passes(self) -> int:
-        probed = PROBED_QUICK if self.settings.quick else PROBED
-        return probed * masking.PASSES + len(NORMS) * self._radii_passes() * len(self.index)
+        """Passes of what the run ends with, less what is on the disk."""
+        passes = 0 if self._kept_probes() else len(self._probe_key()["row"]) * masking.PASSES
+        for norm in NORMS:
+            if not self._kept_distance(norm):
+                passes += self._radii_passes() * len(self.index)
+            if self._ablates and not self._kept_remainders(norm):
+                passes += audit.RANDOM_PASSES * len(self._random_fold())
+        return passes
 
     def _radii_passes(self) -> int:
         return _NEAREST if self.settings.quick else _NEAREST + _INSIDE
 
-    def _mask(self, progress: Progress) -> None:
-        budgets = {norm: min(self.settings.budgets.get(norm) or BUDGETS[norm]) for norm in NORMS}
+    def _probe_budgets(self) -> dict[Norm, float]:
+        return {norm: min(self.settings.budgets.get(norm) or BUDGETS[norm]) for norm in NORMS}
+
+    def _probe_key(self) -> Arrays:
+        """What the masking checks' own attacks hang on: the budget by norm, and the rows they are run on."""
         count = PROBED_QUICK if self.settings.quick else PROBED
-        rows = np.flatnonzero(self.clean["right"])[:count]
+        budgets = {f"budget-{norm}": np.array([value]) for norm, value in self._probe_budgets().items()}
+        return budgets | {"row": np.flatnonzero(self.clean["right"])[:count]}
+
+    def _kept_probes(self) -> Arrays:
+        kept, key = self._kept(MASKING), self._probe_key()
+        same = all(name in kept and np.array_equal(kept[name], value) for name, value in key.items())
+        return kept if same else {}
+
+    def _kept(self, name: str, *needed: str) -> Arrays:
+        """The arrays of a file of the results folder; none where it is not there."""
+        path = self.out / name
+        return load_arrays(path, needed) if path.is_file() else {}
+
+    def _mask(self, progress: Progress) -> None:
+        key, budgets, probed = self._probe_key(), self._probe_budgets(), self._kept_probes()
+        rows = key["row"]
         if not len(rows):
             return
 
@@ -599,13 +625,10 @@ class _Run:
                 self.target.model, self._pixels(part), self.labels[part], budgets, seed=self.settings.seed
             )
 
-        path = self.out / "masking.npz"
-        key = {f"budget-{norm}": np.array([value]) for norm, value in budgets.items()} | {"row": rows}
-        probed = load_arrays(path) if path.is_file() else {}
-        if not all(name in probed and np.array_equal(probed[name], value) for name, value in key.items()):
+        if not probed:
             with self._stages("masking", progress, budgets=sorted(budgets.items())) as stages:
                 probed = stages.run("masking checks", rows, piece, cost=masking.PASSES) | key
-                _save(path, probed)
+                _save(self.out / MASKING, probed)
         self.checks = masking.checks(self.finished, probed, budgets)
 
     def _audit(self, progress: Progress) -> None:
@@ -616,8 +639,8 @@ class _Run:
         random: dict[Norm, OmegaTable] = {}
         for norm in NORMS:
             nearest[norm] = np.minimum(nearest[norm], self._aimed(norm, progress))
-            if self.same_data and not self.settings.quick:
-                random[norm] = self._random_omega(norm)
+            if self._ablates:
+                random[norm] = self._random_omega(norm, progress)
         parts = [guard.measure(self._pixels(part)) for part in _split(rows)]
         measured = Measurement.concatenate(parts)
         self.radii = audit.radii(self.target, self.found, measured, nearest, random=random or None)
@@ -631,8 +654,8 @@ class _Run:
         return nearest
 
     def _aimed(self, norm: Norm, progress: Progress) -> Values:
-        """Nearest of the attacks aimed at radii; with `quick` without those that start inside them."""
-        restarts = 0 if self.settings.quick else 2
+        """Nearest of the attacks aimed at radii."""
+        restarts = self._restarts
         guard = self.target.guards[self.calibration.score]
 
         def piece(part: Labels) -> Arrays:
@@ -644,21 +667,50 @@ class _Run:
             )
             return {"distance": distance}
 
-        path = self.out / f"radii-{norm}.npz"
-        kept = load_arrays(path, ("distance", "restarts")) if path.is_file() else {}
-        if not kept or kept["restarts"] != restarts:
+        kept = self._kept_distance(norm)
+        if not kept:
             with self._stages(f"radii {norm}", progress, restarts=restarts) as stages:
                 rows, cost = np.arange(len(self.index)), self._radii_passes()
                 kept = stages.run(f"radii {norm}", rows, piece, cost=cost)
                 kept |= {"restarts": np.array(restarts)}
-                _save(path, kept)
+                _save(self.out / f"radii-{norm}.npz", kept)
         return np.asarray(kept["distance"], np.float64)
 
-    def _random_omega(self, norm: Norm) -> OmegaTable:
+    def _kept_distance(self, norm: Norm) -> Arrays:
+        kept = self._kept(f"radii-{norm}.npz", "distance", "restarts")
+        return kept if kept and kept["restarts"] == self._restarts else {}
+
+    @property
+    def _restarts(self) -> int:
+        """Of the attacks that start inside radii; with `quick` there are none."""
+        return 0 if self.settings.quick else 2
+
+    @property
+    def _ablates(self) -> bool:
+        """Whether omega is fitted to random perturbations too."""
+        return self.same_data and not self.settings.quick
+
+    def _random_fold(self) -> Labels:
+        """Indices of the images that the ablation of omega is fitted to."""
         fold = data.folds(len(self.dataset), self.calibration.seed)["radii"]
-        some = np.random.default_rng([self.settings.seed, 3]).permutation(fold)[:RANDOM_OMEGA]
-        images = data.to_floats(self.dataset.images[some])
-        return audit.random_omega(self.target.model, images, norm, seed=self.settings.seed)
+        return np.random.default_rng([self.settings.seed, 3]).permutation(fold)[:RANDOM_OMEGA]
+
+    def _kept_remainders(self, norm: Norm) -> Arrays:
+        return self._kept(f"omega-random-{norm}.npz", "radius", "remainder")
+
+    def _random_omega(self, norm: Norm, progress: Progress) -> OmegaTable:
+        def piece(part: Labels) -> Arrays:
+            images = data.to_floats(self.dataset.images[part])
+            seed = 1009 * self.settings.seed + int(part[0])
+            return audit.random_remainders(self.target.model, images, norm, seed=seed)
+
+        name = f"random omega {norm}"
+        kept = self._kept_remainders(norm)
+        if not kept:
+            with self._stages(name, progress) as stages:
+                kept = stages.run(name, self._random_fold(), piece, cost=audit.RANDOM_PASSES)
+                _save(self.out / f"omega-random-{norm}.npz", kept)
+        return audit.random_omega(kept)
 
     # --- the record
 
@@ -721,6 +773,9 @@ class _Run:
 
     def _announce(self, left: Sequence[Task], total: int) -> None:
         """Says what the run costs before it starts, from the speed of a few forward passes here."""
+        if not total:
+            log.info("%s: nothing is left to run", self.out)
+            return
         images = self._pixels(np.arange(min(64, len(self.index))))
         seconds = []
         for _ in range(4):
