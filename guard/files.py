@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import guard
+from guard.errors import UsageError
 
 _PACKAGES = (
     "bentoml",
@@ -109,6 +110,39 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """Holds the lock file `path`, in which this process's id stands, until the block ends.
+
+    The kernel lets go of it when a process ends, however it does, so that a file left behind is taken over.
+    Raises `UsageError`, which begins with `holder` and the process's id, where it is held already. On Windows
+    nothing is held.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UsageError(
+                f"{holder} (process {file.read().strip()}). Wait until it has ended, or end it."
+            ) from error
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise UsageError(f"{holder}, which has just ended. Run the same command again.")
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink()
 
 
 def provenance(arguments: Mapping[str, Any], *, seed: int | None = None, **more: Any) -> dict[str, Any]:

@@ -491,6 +491,18 @@ def test_other_settings_are_refused(
         evaluated(other_folder, tmp_path / "mine", attack())
 
 
+def test_one_folder_is_written_by_one_run_at_a_time(other_folder: Path, tmp_path: Path) -> None:
+    def second(*given: Any) -> Found:
+        with pytest.raises(UsageError, match=r"out: another guard evaluate is writing there \(process \d"):
+            evaluated(other_folder, tmp_path / "out", attack(name="other-l2"))
+        evaluated(other_folder, tmp_path / "elsewhere")
+        return straight(*given)
+
+    results = evaluated(other_folder, tmp_path / "out", attack(second, budgets=(2.0,)))
+    assert [one.name for one in results.attacks] == ["straight-l2"]
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
 def test_broken_settings_are_named(other_folder: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "out").mkdir()

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 
 import guard
 from guard import files
+from guard.errors import UsageError
+from guard.files import locked
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def names(folder: Path) -> set[str]:
@@ -172,3 +177,42 @@ def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
         with pytest.raises(OSError) as caught, make(Path("/proc/new")):  # no file can be made there
             pass
         assert caught.value.filename == "/proc/new"
+
+
+def hold(path: Path) -> None:
+    """Takes the lock and keeps it: for a process that is killed meanwhile."""
+    with locked(path, "in use"):
+        sys.stdout.write("held\n")
+        sys.stdout.flush()
+        time.sleep(60)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with locked(path, "out: another run"):
+        assert path.read_text() == f"{os.getpid()}\n"
+        with (
+            pytest.raises(UsageError, match=rf"^out: another run \(process {os.getpid()}\)\."),
+            locked(path, "out: another run"),
+        ):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with pytest.raises(ValueError, match="body"), locked(path, "out"):
+        raise ValueError("body")
+    assert not path.exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    code = "import sys; from pathlib import Path; from tests.test_files import hold; hold(Path(sys.argv[1]))"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=rf"process {other.pid}\)"), locked(path, "out"):
+            pass
+        other.kill()
+    assert path.exists()
+    with locked(path, "out"):
+        assert path.read_text() == f"{os.getpid()}\n"
+    assert not path.exists()

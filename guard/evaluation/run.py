@@ -54,7 +54,7 @@ from guard.evaluation.results import (
     summary,
 )
 from guard.evaluation.target import Target, Values
-from guard.files import atomic_open, provenance, write_bytes, write_text
+from guard.files import atomic_open, locked, provenance, write_bytes, write_text
 from guard.guarded import GRAPH_VERSION
 from guard.progress import Progress, duration
 from guard.runtime import Detector, Measurement
@@ -173,7 +173,10 @@ def evaluate(
     or the only attack.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
-    return run.evaluate(tasks, silent=silent)
+    whole = run.out.resolve()
+    lock = whole.with_name(f".{whole.name}.lock")
+    with locked(lock, f"--out {out}: another guard evaluate is writing there"):
+        return run.evaluate(tasks, silent=silent)
 
 
 def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Found) -> Arrays:
