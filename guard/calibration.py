@@ -43,7 +43,7 @@ from guard.card import with_calibration
 from guard.certificate import OmegaTable, effective_slope, first_order_radius, l_bound, omega_radius
 from guard.data import Dataset
 from guard.decision import ratio
-from guard.errors import BundleError, CalibrationError, DataError
+from guard.errors import BundleError, CalibrationError
 from guard.extremes import Extreme
 from guard.files import atomic_folder, provenance, write_bytes, write_text
 from guard.fitting import Effort, FittedOmega
@@ -160,13 +160,7 @@ def rescored(
 
 def _check(dataset: Dataset, found: Bundle, settings: Settings) -> None:
     shape = found.manifest.input
-    height, width, channels = dataset.images.shape[1:]
-    if (channels, height, width) != (shape.channels, shape.height, shape.width):
-        raise DataError(
-            f"{dataset.name}: images are {channels} x {height} x {width}, the model {found.path} takes "
-            f"{shape.channels} x {shape.height} x {shape.width} (channels, height, width). Give images of "
-            "that size, or a folder of image files, which are resized as the manifest says."
-        )
+    data.check_shape(dataset, (shape.channels, shape.height, shape.width))
     parts = data.folds(len(dataset), settings.seed)
     if any(not len(part) for part in parts.values()):
         raise CalibrationError(

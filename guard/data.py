@@ -129,6 +129,17 @@ def to_floats(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
+def check_shape(dataset: Dataset, shape: tuple[int, int, int]) -> None:
+    """Raises `DataError` where the images are not of a model's input shape (C, H, W)."""
+    height, width, channels = dataset.images.shape[1:]
+    if (channels, height, width) != shape:
+        raise DataError(
+            f"{dataset.name}: images are {channels} x {height} x {width}, the model takes "
+            f"{' x '.join(map(str, shape))} (channels, height, width). Give images of that size, or image "
+            "files, which are resized as the manifest says."
+        )
+
+
 def aligned(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """The data set with its labels renumbered to a model's classes, by name.
 

@@ -83,7 +83,7 @@ def sources(given: Sequence[str], shape: tuple[int, int, int]) -> list[Source]:
             found.append(Source(files=files))
         elif path.suffix == ".npz" or (word in ARCHIVES and not path.exists()):
             dataset = data.load(word)
-            _check_shape(dataset, shape)
+            data.check_shape(dataset, shape)
             found.append(Source(arrays=dataset, named=word if len(given) > 1 else None))
         elif path.is_file():
             found.append(Source(files=(path,)))
@@ -156,16 +156,6 @@ def _decide(guard: Guard, loaded: Sequence[_Loaded]) -> Iterator[Row]:
     decisions = iter(guard.classify(np.stack(pixels)) if pixels else [])
     for row, image in loaded:
         yield row if image is None else Row(row.path, row.index, decision=next(decisions))
-
-
-def _check_shape(dataset: data.Dataset, shape: tuple[int, int, int]) -> None:
-    height, width, channels = dataset.images.shape[1:]
-    if (channels, height, width) != shape:
-        raise DataError(
-            f"{dataset.name}: images are {channels} x {height} x {width}, the model takes "
-            f"{' x '.join(map(str, shape))} (channels, height, width). Give images of that size, or "
-            "image files, which are resized."
-        )
 
 
 def _hidden(file: Path, folder: Path) -> bool:

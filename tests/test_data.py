@@ -43,6 +43,16 @@ def picture(path: Path, level: int, size: tuple[int, int] = (6, 4), mode: str = 
     Image.new(mode, size, color=level if mode == "L" else (level, 0, 0)).save(path)
 
 
+def test_another_shape_than_the_models_is_refused(tmp_path: Path) -> None:
+    dataset = load(saved(tmp_path / "animals.npz", arrays()))
+    data.check_shape(dataset, (3, 4, 6))
+    expected = (
+        r"^animals: images are 3 x 4 x 6, the model takes 1 x 6 x 4 \(channels, height, width\)\. Give "
+    )
+    with pytest.raises(DataError, match=expected):
+        data.check_shape(dataset, (1, 6, 4))
+
+
 class TestNpz:
     def test_both_splits(self, tmp_path: Path) -> None:
         contents = arrays()

@@ -1,7 +1,6 @@
 """`guard calibrate`: a bundle's threshold and radii from held-out images."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from guard.cli.options import (
     arguments_of,
     chosen_bundle,
     emit,
+    held_out,
 )
 
 if TYPE_CHECKING:
@@ -85,21 +85,12 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from guard import bundle, data, images
+    from guard import bundle
     from guard.calibration import Settings, calibrate
     from guard.fitting import Effort
 
     folder = chosen_bundle(arguments)
-    manifest = bundle.load(folder, recalibrating=True).manifest
-    shape, uploads = manifest.input, manifest.preprocessing
-    decode = partial(
-        images.decode,
-        shape=(shape.channels, shape.height, shape.width),
-        colour=uploads.colour,
-        resize=uploads.resize,
-        interpolation=uploads.interpolation,
-    )
-    dataset = data.aligned(data.load(arguments.val, "test", decode=decode), manifest.class_names)
+    dataset = held_out(arguments, bundle.load(folder, recalibrating=True).manifest)
     settings = Settings(
         score=arguments.score,
         fpr=arguments.fpr,

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +15,7 @@ from guard.cli.options import (
     arguments_of,
     chosen_bundle,
     emit,
+    held_out,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from guard.attacks import Norm
     from guard.bundle import ScoreName, Share
-    from guard.data import Dataset
     from guard.evaluation.attack import Attack
     from guard.evaluation.results import Results, Standing
     from guard.evaluation.run import Settings, Task
@@ -127,6 +126,7 @@ guard evaluate --attacks list""",
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from guard import bundle
     from guard.errors import UsageError
     from guard.evaluation import suite
     from guard.evaluation.run import evaluate
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick and arguments.attacks:
         raise UsageError("--quick has a suite of its own: leave out --attacks, or --quick.")
     folder = chosen_bundle(arguments)
-    dataset = _dataset(arguments, folder)
+    dataset = held_out(arguments, bundle.load(folder).manifest)
     settings = _settings(arguments)
     try:
         results = evaluate(
@@ -174,21 +174,6 @@ def _outstanding(out: Path) -> str:
     except DataError:  # nothing is finished
         return ""
     return f". Outstanding: {', '.join(names)}" if names else ""
-
-
-def _dataset(arguments: argparse.Namespace, folder: Path) -> "Dataset":
-    from guard import bundle, data, images
-
-    manifest = bundle.load(folder).manifest
-    shape, uploads = manifest.input, manifest.preprocessing
-    decode = partial(
-        images.decode,
-        shape=(shape.channels, shape.height, shape.width),
-        colour=uploads.colour,
-        resize=uploads.resize,
-        interpolation=uploads.interpolation,
-    )
-    return data.aligned(data.load(arguments.val, "test", decode=decode), manifest.class_names)
 
 
 def _settings(arguments: argparse.Namespace) -> "Settings":

@@ -4,10 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from guard.settings import bundle_path
+
+if TYPE_CHECKING:
+    from guard.bundle import Manifest
+    from guard.data import Dataset
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -85,6 +90,23 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 def chosen_bundle(arguments: argparse.Namespace) -> Path:
     """The folder of the bundle the command works on."""
     return bundle_path(arguments.bundle)
+
+
+def held_out(arguments: argparse.Namespace, manifest: "Manifest") -> "Dataset":
+    """The data set of `--val` as the model of the manifest takes it: image files resized, labels by its
+    classes.
+    """
+    from guard import data, images
+
+    shape, uploads = manifest.input, manifest.preprocessing
+    decode = partial(
+        images.decode,
+        shape=(shape.channels, shape.height, shape.width),
+        colour=uploads.colour,
+        resize=uploads.resize,
+        interpolation=uploads.interpolation,
+    )
+    return data.aligned(data.load(arguments.val, "test", decode=decode), manifest.class_names)
 
 
 def add_provider(parser: argparse.ArgumentParser) -> None:

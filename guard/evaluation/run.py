@@ -797,13 +797,7 @@ class _Run:
 
 def _check(dataset: Dataset, found: Bundle) -> None:
     shape = found.manifest.input
-    height, width, channels = dataset.images.shape[1:]
-    if (channels, height, width) != (shape.channels, shape.height, shape.width):
-        raise DataError(
-            f"{dataset.name}: images are {channels} x {height} x {width}, the model {found.path} takes "
-            f"{shape.channels} x {shape.height} x {shape.width} (channels, height, width). Give images of "
-            "that size, or a folder of image files, which are resized as the manifest says."
-        )
+    data.check_shape(dataset, (shape.channels, shape.height, shape.width))
     training = found.manifest.provenance.get("training") or {}
     trained_on = (training.get("data") or {}).get("digest") if isinstance(training, dict) else None
     if trained_on == dataset.digest:
