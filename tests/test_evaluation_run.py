@@ -20,13 +20,13 @@ from guard.calibration import Settings as CalibrationSettings
 from guard.calibration import calibrate, rescored
 from guard.data import Dataset
 from guard.errors import DataError, UsageError
-from guard.evaluation.attack import Attack
+from guard.evaluation.attack import Attack, Task, tasks_of
 from guard.evaluation.audit import RANDOM_PASSES
 from guard.evaluation.report import findings, markdown
 from guard.evaluation.report.page import page
 from guard.evaluation.report.reading import read
 from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, load, load_arrays
-from guard.evaluation.run import Settings, Task, evaluate, tasks_of
+from guard.evaluation.run import Settings, evaluate
 from guard.evaluation.target import Target
 from guard.fitting import EPS
 from guard.progress import Progress

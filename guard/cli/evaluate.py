@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from guard.attacks import Norm
     from guard.bundle import ScoreName, Share
-    from guard.evaluation.attack import Attack
+    from guard.evaluation.attack import Attack, Task
     from guard.evaluation.results import Results, Standing
-    from guard.evaluation.run import Settings, Task
+    from guard.evaluation.run import Settings
 
 _SCORES = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
 _IMAGES = "1000,500,200"
@@ -216,7 +216,7 @@ def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") ->
 
     from guard import bundle
     from guard.evaluation import suite
-    from guard.evaluation.run import tasks_of
+    from guard.evaluation.attack import tasks_of
 
     served = bundle.load(folder).calibrated().score
     scores = (served, *settings.scores)

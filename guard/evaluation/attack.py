@@ -1,6 +1,6 @@
-"""The one shape of all attacks, ours or a library's, white-box or not."""
+"""The one shape of all attacks, ours or a library's, white-box or not, and the tasks they are run as."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,10 @@ Attacked images stay in [0, 1] and, with a budget, within it. What is not broken
 distance inf. Deterministic by seed, and an image's fate should not hang on its neighbours in the batch more
 than the attack's own randomness does.
 """
+
+
+SPARING = 1000
+"""Passes per image from which an attack that knows the detector spares images that are broken already."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,38 @@ class Attack:
     aware: ScoreName | None = None
     needs: str | None = None
     unit: str = "pixel values"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attack at one budget; `denial` counts rejected images instead of wrong ones."""
+
+    attack: Attack
+    budget: float | None
+    denial: bool = False
+
+    @property
+    def name(self) -> str:
+        """The attack's name and its budget: its own among all tasks."""
+        return self.attack.name if self.budget is None else f"{self.attack.name}-{self.budget}"
+
+    @property
+    def skips(self) -> bool:
+        """Whether images that a cheaper attack broke already, for the same score and budget, are spared."""
+        queries = self.attack.knowledge in ("scores", "decisions")
+        dear = queries or self.attack.passes >= SPARING
+        return self.attack.aware is not None and self.budget is not None and dear and not self.denial
+
+
+def tasks_of(attacks: Sequence[Attack], denials: Sequence[Attack] = ()) -> list[Task]:
+    """Every attack at each of its budgets, cheap ones first."""
+    found = [
+        Task(attack, budget, denial)
+        for denial, some in ((False, attacks), (True, denials))
+        for attack in some
+        for budget in attack.budgets or (None,)
+    ]
+    return sorted(found, key=lambda task: (task.attack.passes, task.denial))
 
 
 def bound(budget: float | None) -> float:

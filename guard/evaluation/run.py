@@ -21,7 +21,7 @@ import numpy as np
 
 from guard import bundle as bundles
 from guard import data
-from guard.attacks import Floats, Found, Labels, Norm, length
+from guard.attacks import Floats, Found, Labels, Norm
 from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import rescored
 from guard.certificate import OmegaTable
@@ -29,16 +29,15 @@ from guard.data import Dataset
 from guard.decision import NORMS, Guard
 from guard.errors import BundleError, DataError, UsageError
 from guard.evaluation import audit, masking, standing
-from guard.evaluation.attack import BUDGETS, Attack
+from guard.evaluation.attack import BUDGETS, Attack, Task
+from guard.evaluation.judging import judged, measured_at, within_range
 from guard.evaluation.results import (
     ARRAYS,
     ATTACKS_FOLDER,
     CLEAN,
     CLEAN_FILE,
     GALLERY,
-    MEASURED,
     RESULTS,
-    ROUNDING,
     SETTINGS,
     AttackResult,
     Check,
@@ -69,9 +68,6 @@ not mixed with."""
 
 DEAR = 5000
 """Passes per image from which an attack is dear: it gets fewer images."""
-
-SPARING = 1000
-"""Passes per image from which an attack that knows the detector spares images that are broken already."""
 
 PIECE_PASSES = 100_000
 """Passes in a piece, about: a crash loses no more."""
@@ -113,39 +109,6 @@ class Settings:
         return min(self.images, self.dear_images) if attack.passes >= DEAR else self.images
 
 
-@dataclass(frozen=True)
-class Task:
-    """One attack at one budget; `denial` counts rejected images instead of wrong ones."""
-
-    attack: Attack
-    budget: float | None
-    denial: bool = False
-
-    @property
-    def file(self) -> str:
-        """Its arrays, relative to the results folder."""
-        at = "" if self.budget is None else f"-{self.budget}"
-        return f"{ATTACKS_FOLDER}/{self.attack.name}{at}.npz"
-
-    @property
-    def skips(self) -> bool:
-        """Whether images that a cheaper attack broke already, for the same score and budget, are spared."""
-        queries = self.attack.knowledge in ("scores", "decisions")
-        dear = queries or self.attack.passes >= SPARING
-        return self.attack.aware is not None and self.budget is not None and dear and not self.denial
-
-
-def tasks_of(attacks: Sequence[Attack], denials: Sequence[Attack] = ()) -> list[Task]:
-    """Every attack at each of its budgets, cheap ones first."""
-    found = [
-        Task(attack, budget, denial)
-        for denial, some in ((False, attacks), (True, denials))
-        for attack in some
-        for budget in attack.budgets or (None,)
-    ]
-    return sorted(found, key=lambda task: (task.attack.passes, task.denial))
-
-
 def evaluate(
     folder: str | Path,
     dataset: Dataset,
@@ -169,71 +132,14 @@ def evaluate(
     unless no other is asked for.
 
     Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
-    `UsageError` where `out` holds something else, `BundleError` for the bundle, and what `Detector` raises,
-    or the only attack.
+    `UsageError` where `out` holds something else or another run is writing there, and for a task that knows a
+    score that is not judged, `BundleError` for the bundle, and what `Detector` raises, or the only attack.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
     whole = run.out.resolve()
     lock = whole.with_name(f".{whole.name}.lock")
     with locked(lock, f"--out {out}: another guard evaluate is writing there"):
         return run.evaluate(tasks, silent=silent)
-
-
-def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Found) -> Arrays:
-    """What the served decisions say of n attacked images: the arrays of `results.ARRAYS`, but `row`, `image`.
-
-    The attack's word is not taken for anything: a success counts where the image is wrong (for a denial:
-    rejected), within the budget and, for attacks that know a score, accepted by its guard. Its distance is
-    taken only where the attack has a measure of its own. Of a control every image is judged, since a right
-    one that is rejected counts too; of other attacks those that are wrong, or that they call a success.
-    """
-    attack, n = task.attack, len(images)
-    attacked = _inside(found.images, images)
-    moved = attacked - images
-    arrays: Arrays = {"l2": length(moved, "l2"), "linf": length(moved, "linf")}
-    suspects = np.arange(n)
-    if n and attack.knowledge != "nothing":
-        suspects = np.flatnonzero(found.success | (target.model.logits(attacked).argmax(axis=1) != labels))
-    wrong = np.zeros(n, np.bool_)
-    accepted = {score: np.zeros(n, np.bool_) for score in target.guards}
-    ratio = {score: np.full(n, np.nan) for score in target.guards}
-    measured: Arrays = {}
-    if len(suspects):
-        for score in target.guards:
-            verdict = target.verdict(attacked[suspects], score)
-            wrong[suspects] = verdict.labels != labels[suspects]
-            accepted[score][suspects] = verdict.accepted
-            ratio[score][suspects] = verdict.ratio
-            measured = measured or _measured(target, attacked[suspects], score, verdict.measurement)
-    shapes = {"logits": (target.model.num_classes,)}
-    arrays |= {name: np.full((n, *shapes.get(name, ())), np.nan, np.float32) for name in MEASURED}
-    for name, values in measured.items():
-        arrays[name][suspects] = values
-    success = found.success.astype(np.bool_)
-    if attack.aware is not None:
-        success = success & (accepted[attack.aware] != task.denial)
-    if not task.denial:
-        success = success & wrong
-    if attack.norm is not None and task.budget is not None:
-        success = success & (arrays[attack.norm] <= task.budget * (1 + ROUNDING) + ROUNDING)
-    distance = found.distance if attack.norm is None else arrays[attack.norm]
-    return (
-        arrays
-        | {
-            "success": success,
-            "unconfirmed": found.success & ~success,
-            "wrong": wrong,
-            "distance": np.where(success, distance, np.inf),
-            "passes": np.full(n, attack.passes) if found.passes is None else found.passes,
-        }
-        | {f"accepted_{score}": values for score, values in accepted.items()}
-        | {f"ratio_{score}": values for score, values in ratio.items()}
-    )
-
-
-def _inside(attacked: Floats, images: Floats) -> Floats:
-    """Attacked images (B, C, H, W) in [0, 1]; what is no number is as it was in the images attacked."""
-    return np.where(np.isnan(attacked), images, np.clip(attacked, 0, 1)).astype(np.float32)
 
 
 class _Run:
@@ -306,9 +212,7 @@ class _Run:
         self.alone = len({task.attack.name for task in tasks}) == 1
         for task in left:
             self.left_out.pop(task.attack.name, None)
-        passes = {task.file: self._count(task) * task.attack.passes for task in left}
-        last = self._last_passes()
-        total = sum(passes.values()) + last
+        total = sum(len(self._eligible(task)) * task.attack.passes for task in left) + self._last_passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
             names = [task.attack.name for task in left]
@@ -455,7 +359,7 @@ class _Run:
         arrays: Arrays = {}
         for score in self.scores:
             verdict = self.target.verdict(images, score)
-            arrays = arrays or _measured(self.target, images, score, verdict.measurement)
+            arrays = arrays or measured_at(self.target, images, score, verdict.measurement)
             arrays |= {f"accepted_{score}": verdict.accepted, f"ratio_{score}": verdict.ratio}
             if score == self.calibration.score:
                 decisions = self.target.guards[score].decide(verdict.measurement)
@@ -467,9 +371,6 @@ class _Run:
         return data.to_floats(self.dataset.images[self.index[rows]])
 
     # --- attacks
-
-    def _count(self, task: Task) -> int:
-        return len(self._eligible(task))
 
     def _eligible(self, task: Task) -> Labels:
         """Rows of the images to attack: right, and accepted by the guard that the attack knows."""
@@ -499,7 +400,7 @@ class _Run:
         rows = self._open(task, eligible)
         progress.advance((len(eligible) - len(rows)) * attack.passes, attack.name)
         if not len(eligible):
-            log.info("%s: no image is right and accepted", task.file)
+            log.info("%s: no image is right and accepted", task.name)
             return
 
         def piece(part: Labels) -> Arrays:
@@ -508,14 +409,14 @@ class _Run:
             seed = 1009 * self.settings.seed + int(part[0])
             found = attack.run(self.target, images, labels, task.budget, seed)
             shown = part < GALLERY
-            attacked = _inside(found.images[shown], images[shown])
+            attacked = within_range(found.images[shown], images[shown])
             arrays: Arrays = {"row": part, "image": attacked}
             arrays |= judged(self.target, task, images, labels, found)
             return arrays | {"seconds": np.array([time.perf_counter() - started])}
 
         twin = {"twin": self.twin} if attack.knowledge == "another network" else {}
         keywords = _keywords(attack.run)
-        with self._stages(task.file, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
+        with self._stages(task.name, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             try:
                 arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size) or self._spared(
@@ -538,7 +439,7 @@ class _Run:
                 **keywords,
             }
             result = self._result(task, arrays, seconds, details)
-            _save(self.out / task.file, arrays)
+            _save(self.out / result.file, arrays)
             (self.denied if task.denial else self.finished).append(Finished(result, arrays))
 
     def _spared(self, task: Task) -> Arrays:
@@ -580,7 +481,7 @@ class _Run:
                 for score in self.scores
                 if right.any() and attack.knowledge == "nothing"
             },
-            file=task.file,
+            file=f"{ATTACKS_FOLDER}/{task.name}.npz",
         )
 
     # --- what is looked at once all attacks have run
@@ -822,15 +723,6 @@ def _images(dataset: Dataset, calibration: Calibration, settings: Settings, *, s
     if same:
         fold = data.folds(len(dataset), calibration.seed)["report"]
     return np.random.default_rng([settings.seed, 2]).permutation(fold)[: settings.images]
-
-
-def _measured(target: Target, images: Floats, score: ScoreName, measurement: Measurement) -> Arrays:
-    """The fields kept for a report, from the Jacobian's guard where there is one."""
-    if "jacobian" in target.guards and score != "jacobian":
-        measurement = target.guards["jacobian"].measure(images)
-    elif score not in ("jacobian", "combined", "jacobian-full") and isinstance(target.model, Detector):
-        measurement = target.model.measure(images)
-    return {name: getattr(measurement, name) for name in MEASURED}
 
 
 def _split(rows: Labels) -> list[Labels]:
