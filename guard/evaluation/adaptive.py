@@ -206,7 +206,7 @@ def _radius_descent(
     cotangents = np.zeros_like(measured.logits)
     cotangents[index, order[:, 0]], cotangents[index, order[:, 2]] = 1, -1
     lead = (measured.logits * cotangents).sum(axis=1)
-    third = model.vjp(images, cotangents) * column(1 / np.maximum(lead, 1e-6))
+    third = model.vjp(images, cotangents)[1] * column(1 / np.maximum(lead, 1e-6))
     return np.asarray(column(share) * up + column(1 - share) * third, np.float32)
 
 
