@@ -4,7 +4,7 @@ One shape throughout: `attack(model, images, labels, ...)`, images float32 (B, C
 int64 (B,): the class the attack leads away from (the predicted class where a radius is tested, the true one
 where accuracy is). Results are deterministic by `seed`. Perturbations are measured in pixels ([0, 1] scale),
 in the l2 or linf norm. `clip` keeps attacked images in [0, 1]; radii speak of every perturbation, so their
-checks leave it off.
+checks leave it off. A point that is not finite, or whose logits are not, never counts as found.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,6 +114,22 @@ def _flat(vectors: Floats) -> NDArray[np.float64]:
     return vectors.reshape(len(vectors), int(np.prod(vectors.shape[1:]))).astype(np.float64)
 
 
+def misclassified(points: Floats, logits: Floats | NDArray[np.float64], labels: Labels) -> NDArray[np.bool_]:
+    """Whether points (B, C, H, W) of logits (B, K) are predicted as another class than labels (B,).
+
+    Never where a pixel or a logit is not finite: the argmax would say nothing there, and max pooling passes
+    NaN by.
+    """
+    return np.asarray(finite(points, logits) & (logits.argmax(axis=1) != labels), dtype=np.bool_)
+
+
+def finite(points: Floats, logits: Floats | NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether all pixels of points (B, C, H, W) and all their logits (B, K) are finite (B,)."""
+    return np.asarray(
+        np.isfinite(points).all(axis=(1, 2, 3)) & np.isfinite(logits).all(axis=1), dtype=np.bool_
+    )
+
+
 def steepest(gradient: Floats, norm: Norm) -> Floats:
     """The unit vector of `norm` along which a function with this gradient grows most; 0 at gradient 0."""
     if norm == "linf":
@@ -171,7 +187,8 @@ def pgd(
     open_ = budget > 0
 
     def keep(rows: NDArray[np.intp], points: Floats, logits: Floats, values: Floats) -> None:
-        flipped = logits.argmax(axis=1) != labels[rows]
+        flipped = misclassified(points, logits, labels[rows])
+        values = np.where(finite(points, logits), values, -np.inf)
         # A flip beats any loss without one; argmax decides ties as the served prediction does.
         better = (flipped & ~success[rows]) | ((flipped == success[rows]) & (values > best_loss[rows]))
         best[rows[better]] = points[better]
@@ -362,7 +379,7 @@ def _minimum_norm(
             points = np.clip(points, 0.0, 1.0)
         moved = points - images[rows]
         logits, values, gradient = ascent(points, rows)
-        flipped = logits.argmax(axis=1) != labels[rows]
+        flipped = misclassified(points, logits, labels[rows])
         reach = length(moved, norm)
         passes[rows[~np.isfinite(distance[rows])]] += GRADIENT
         nearer = flipped & (reach < distance[rows])
@@ -410,7 +427,7 @@ def onto_boundary(
     for _ in range(bisections if len(rows) else 0):
         middle = (low + high) / 2
         points = images[rows] + column(middle) * (best[rows] - images[rows])
-        flipped = model.logits(points).argmax(axis=1) != labels[rows]
+        flipped = misclassified(points, model.logits(points), labels[rows])
         high, low = np.where(flipped, middle, high), np.where(flipped, low, middle)
     # What did not move stays as it is: an end computed anew may differ in its last digits, and be right.
     rows, high = rows[high < 1], high[high < 1]
@@ -461,14 +478,15 @@ def largest_remainder(
     for start in starts:
         here = project(start, eps, norm)
         for step in range(steps + 1):
-            _, losses, gradient = model.loss_gradient(images + here, labels, "margin")
+            points = images + here
+            logits, losses, gradient = model.loss_gradient(points, labels, "margin")
             slope = np.fmax(slope, dual_length(gradient, norm))
             rise = losses.astype(np.float64) - base_loss
             if linear == "aligned":
                 remainder, uphill = rise - inner(here, base_gradient), gradient - base_gradient
             else:
                 remainder, uphill = rise - length(here, norm) * base_slope, gradient
-            better = remainder > value
+            better = finite(points, logits) & (remainder > value)
             value[better], shift[better] = remainder[better], here[better]
             if step < steps:
                 here = project(here + column(falling(eps, step, steps)) * steepest(uphill, norm), eps, norm)

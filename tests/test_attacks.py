@@ -180,6 +180,66 @@ def test_what_cannot_be_moved_to_the_boundary_is_returned_to_the_last_digit() ->
     assert np.array_equal(found, wrong)
 
 
+class Broken(Quadratic):
+    """Beyond the boundary of class 0 some `part` is NaN; pixels that are NaN look like class 1, as behind a
+    maximum that passes them by.
+    """
+
+    def __init__(self, part: str) -> None:
+        super().__init__(np.zeros(12))
+        self.num_classes = 2
+        self.part = part
+
+    def logits(self, images: Floats) -> Floats:
+        broken = np.isnan(images).any(axis=(1, 2, 3))
+        found = super().logits(np.nan_to_num(images))
+        beyond = found[:, 1] > 0
+        found[broken] = [0, 9]
+        if self.part == "logits":
+            found[beyond, 1] = np.nan
+        return found
+
+    def loss_gradient(self, images: Floats, labels: Labels, loss: Loss) -> tuple[Floats, Floats, Floats]:
+        _, values, gradient = super().loss_gradient(np.nan_to_num(images), labels, loss)
+        if self.part == "gradient":
+            gradient[:] = np.nan
+        return self.logits(images), values, gradient
+
+    def vjp(self, images: Floats, cotangents: Floats) -> tuple[Floats, Floats]:
+        gradient = super().vjp(np.nan_to_num(images), cotangents)[1]
+        return self.logits(images), gradient * np.float32(np.nan if self.part == "gradient" else 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("part", ["logits", "gradient"])
+def test_what_is_not_finite_is_never_found(part: str, norm: Norm) -> None:
+    model = Broken(part)
+    images = networks.images(40, SHAPE)
+    images = images[model.logits(images)[:, 1] < 0][:6]
+    assert len(images) == 6
+    labels = np.zeros(6, np.int64)
+    tries = [
+        attacks.pgd(model, images, labels, 0.1, norm=norm, restarts=1, stop=stop) for stop in (True, False)
+    ]
+    tries.append(attacks.pgd(model, images, labels, 30.0, norm=norm) if part == "logits" else tries[0])
+    tries += [attack(model, images, labels, norm=norm) for attack in (attacks.minimum_norm, attacks.nearest)]
+    for found in tries:
+        assert not found.success.any()
+        assert np.isinf(found.distance).all()
+        assert np.isfinite(found.images).all()
+    away = networks.images(6, SHAPE) * np.float32(np.nan)
+    kept = attacks.onto_boundary(model, images, away, labels, np.ones(6, np.bool_))
+    assert not np.isfinite(kept).any(), "no point on the way to what is not finite is taken"
+    _, values, gradient = model.loss_gradient(images, labels, "margin")
+    loss = values.astype(np.float64)
+    starts = [np.full_like(images, np.nan), np.full_like(images, 30.0)]
+    found_remainder = attacks.largest_remainder(
+        model, images, labels, loss - 1, np.nan_to_num(gradient), starts, np.full(6, 1e3), norm=norm, steps=1
+    )
+    assert np.isfinite(found_remainder.shift).all()
+    assert np.isfinite(found_remainder.value).all()
+
+
 def test_an_image_of_another_class_is_at_distance_zero() -> None:
     detector, _ = linear_detector()
     images = networks.images(5, SHAPE)

@@ -187,6 +187,32 @@ def test_nothing_is_spent_on_broken_images(attack: Attack) -> None:
     assert (found.passes[1:] <= GRADIENT).all()
 
 
+class Cliff(Counting):
+    """A classifier whose logits are NaN wherever it would answer another class than `right`."""
+
+    def __init__(self, model: Detector, right: int) -> None:
+        super().__init__(model)
+        self.right = right
+
+    def logits(self, images: Floats) -> Floats:
+        logits = super().logits(images)
+        logits[logits.argmax(axis=1) != self.right] = np.nan
+        return logits
+
+    def loss_gradient(self, images: Floats, labels: Labels, loss: Loss) -> tuple[Floats, Floats, Floats]:
+        return self.logits(images), *super().loss_gradient(images, labels, loss)[1:]
+
+
+@pytest.mark.parametrize("attack", QUICK, ids=names)
+def test_what_is_not_finite_is_never_found(attack: Attack) -> None:
+    model, _, images, labels = linear(2, 2.0)
+    images = images[labels == 1][:2]
+    found = run(attack, Cliff(model, 1), images, np.array([1, 1]), None if attack.budgets is None else 1.0)
+    assert not found.success.any()
+    assert np.isfinite(found.images).all()
+    assert np.isinf(found.distance).all()
+
+
 @pytest.mark.parametrize("name", ["pgd-l2", "pgd-linf", "apgd-ce-l2", "apgd-dlr-linf", "i-fgsm-linf"])
 def test_larger_budgets_break_more(name: str) -> None:
     model = Detector(networks.convolutional(scale=20.0), provider="cpu", threads=1)

@@ -32,6 +32,7 @@ from guard.attacks import (
     growth,
     length,
     minimum_norm,
+    misclassified,
     project,
     random_directions,
     steepest,
@@ -114,7 +115,7 @@ def judge(target: Target, images: Floats, labels: Labels, score: ScoreName) -> J
     guard = target.guards[score]
     tests = exceeded(guard, verdict)
     ratios = np.array(list(tests.values()))
-    wrong = verdict.labels != labels
+    wrong = misclassified(images, verdict.measurement.logits, labels)
     return Judged(
         guard,
         verdict,
@@ -630,7 +631,8 @@ def transfer(
         )
         if score is None:
             logits = target.model.logits(points)
-            kept.offer(rows, points, logits.argmax(axis=1) != labels[rows], -margin_of(logits, labels[rows]))
+            wrong = misclassified(points, logits, labels[rows])
+            kept.offer(rows, points, wrong, -margin_of(logits, labels[rows]))
         else:
             judged = judge(target, points, labels[rows], score)
             logits = judged.verdict.measurement.logits

@@ -15,6 +15,7 @@ from guard.attacks import (
     Labels,
     Norm,
     column,
+    misclassified,
     project,
     random_directions,
     steepest,
@@ -53,7 +54,7 @@ def apgd(
     """
     best = Best(images, norm)
     everyone = np.arange(len(images))
-    best.offer(everyone, images, model.logits(images).argmax(axis=1) != labels, FORWARD)
+    best.offer(everyone, images, misclassified(images, model.logits(images), labels), FORWARD)
     generator = np.random.default_rng(seed)
     for _ in range(restarts):
         starts = random_directions(images.shape, norm, generator) * np.float32(eps)
@@ -94,7 +95,7 @@ def _ascend(
     since = 0
     for step in range(steps + 1):
         logits, now, gradient = loss_gradient(model, here, labels[rows], loss)
-        flipped = logits.argmax(axis=1) != labels[rows]
+        flipped = misclassified(here, logits, labels[rows])
         best.offer(rows, here, flipped, GRADIENT + FORWARD * (loss == "dlr"))
         if step:
             raised += now > value

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, column
+from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, column, misclassified
 from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier
 
@@ -35,7 +35,7 @@ def carlini_wagner(
     best = Best(images, "l2")
     everyone = np.arange(count)
     logits = model.logits(images)
-    best.offer(everyone, images, _beyond(logits, labels, confidence), FORWARD)
+    best.offer(everyone, images, _beyond(images, logits, labels, confidence), FORWARD)
     todo = everyone[~best.broken]
     start = np.arctanh((2 * images - 1) * INSIDE)
     low, high = np.zeros(count), np.full(count, np.inf)
@@ -51,7 +51,7 @@ def carlini_wagner(
             squashed = np.tanh(inner)
             points = np.asarray((squashed + 1) / 2, dtype=np.float32)
             logits, margin, gradient = model.loss_gradient(points, labels[rows], "margin")
-            beyond = _beyond(logits, labels[rows], confidence)
+            beyond = _beyond(points, logits, labels[rows], confidence)
             best.offer(rows, points, beyond, GRADIENT)
             broke[rows] |= beyond
             shift = points - images[rows]
@@ -81,10 +81,10 @@ def carlini_wagner(
     return best.found()
 
 
-def _beyond(logits: Floats, labels: Labels, confidence: float) -> NDArray[np.bool_]:
-    """Whether another class leads the label by at least `confidence` (B,)."""
+def _beyond(points: Floats, logits: Floats, labels: Labels, confidence: float) -> NDArray[np.bool_]:
+    """Whether points (B, C, H, W) are of another class that leads the label by at least `confidence` (B,)."""
     others = logits.copy()
     row = np.arange(len(labels))
     others[row, labels] = -np.inf
     lead = others.max(axis=1) - logits[row, labels]
-    return np.asarray((logits.argmax(axis=1) != labels) & (lead >= confidence), dtype=np.bool_)
+    return np.asarray(misclassified(points, logits, labels) & (lead >= confidence), dtype=np.bool_)

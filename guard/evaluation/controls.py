@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, signal
 
-from guard.attacks import Floats, Found, Labels, Norm, length, random_directions
+from guard.attacks import Floats, Found, Labels, Norm, length, misclassified, random_directions
 from guard.errors import DataError
 from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.target import Target
@@ -59,7 +59,8 @@ def noise(
             break
         directions = [random_directions((1, *images.shape[1:]), norm, generators[row]) for row in rows]
         attacked[rows] = np.clip(images[rows] + np.float32(eps) * np.concatenate(directions), 0, 1)
-        success[rows] = target.model.logits(attacked[rows]).argmax(axis=1) != labels[rows]
+        logits = target.model.logits(attacked[rows])
+        success[rows] = misclassified(attacked[rows], logits, labels[rows])
     return Found(attacked, success, np.where(success, length(attacked - images, norm), np.inf))
 
 
@@ -76,7 +77,9 @@ def corruption(
             whole = image.transpose(1, 2, 0).astype(np.float64)
             corrupted = corrupt(whole, severity, _generator(image, seed))
             attacked[row] = np.clip(corrupted, 0, 1).transpose(2, 0, 1)
-    success = target.model.logits(attacked).argmax(axis=1) != labels if len(images) else np.zeros(0, np.bool_)
+    success = np.zeros(len(images), np.bool_)
+    if len(images):
+        success = misclassified(attacked, target.model.logits(attacked), labels)
     return Found(attacked, success, np.where(success, float(severity), np.inf))
 
 

@@ -2,7 +2,19 @@
 
 import numpy as np
 
-from guard.attacks import FORWARD, GRADIENT, TINY, Floats, Found, Labels, Norm, column, dual_length, steepest
+from guard.attacks import (
+    FORWARD,
+    GRADIENT,
+    TINY,
+    Floats,
+    Found,
+    Labels,
+    Norm,
+    column,
+    dual_length,
+    misclassified,
+    steepest,
+)
 from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier
 
@@ -31,15 +43,15 @@ def deepfool(
     for step in range(steps + 1):
         points = np.clip(images[rows] + np.float32(1 + overshoot) * shift, 0.0, 1.0)
         logits = model.logits(points).astype(np.float64)
-        flipped = logits.argmax(axis=1) != labels[rows]
+        flipped = misclassified(points, logits, labels[rows])
         best.offer(rows, points, flipped, FORWARD)
         if step == 0:
             order = np.argsort(-logits, axis=1, kind="stable")
             others = order[order != labels[:, None]].reshape(len(images), -1)
             rivals = others[:, : classes - 1]
-        rows, shift, points, logits, rivals = (
-            kept[~flipped] for kept in (rows, shift, points, logits, rivals)
-        )
+        still = ~flipped
+        rows, shift, points = rows[still], shift[still], points[still]
+        logits, rivals = logits[still], rivals[still]
         if not len(rows) or step == steps:
             break
         best.charge(rows, GRADIENT * rivals.shape[1])

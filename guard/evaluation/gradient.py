@@ -22,6 +22,7 @@ from guard.attacks import (
     Loss,
     Norm,
     column,
+    misclassified,
     onto_boundary,
     steepest,
 )
@@ -45,11 +46,11 @@ def fgsm(model: Classifier, images: Floats, labels: Labels, eps: float, *, norm:
     best = Best(images, norm)
     rows = np.arange(len(images))
     logits, _, gradient = model.loss_gradient(images, labels, "cross-entropy")
-    best.offer(rows, images, logits.argmax(axis=1) != labels, GRADIENT)
+    best.offer(rows, images, misclassified(images, logits, labels), GRADIENT)
     rows = np.flatnonzero(~best.broken)
     if len(rows):
         points = np.clip(images[rows] + np.float32(eps) * steepest(gradient[rows], norm), 0.0, 1.0)
-        best.offer(rows, points, model.logits(points).argmax(axis=1) != labels[rows], FORWARD)
+        best.offer(rows, points, misclassified(points, model.logits(points), labels[rows]), FORWARD)
     return best.found()
 
 
@@ -72,7 +73,7 @@ def one_direction(
     best = Best(images, norm)
     rows = np.arange(len(images))
     logits, _, gradient = model.loss_gradient(images, labels, "cross-entropy")
-    best.offer(rows, images, logits.argmax(axis=1) != labels, GRADIENT)
+    best.offer(rows, images, misclassified(images, logits, labels), GRADIENT)
     direction = steepest(gradient, norm)
     across = np.sqrt(images[0].size) if norm == "l2" else 1.0
     before = np.zeros(len(images))
@@ -81,7 +82,7 @@ def one_direction(
         if not len(rows):
             break
         there = np.clip(images[rows] + np.float32(distance) * direction[rows], 0.0, 1.0)
-        wrong = model.logits(there).argmax(axis=1) != labels[rows]
+        wrong = misclassified(there, model.logits(there), labels[rows])
         best.offer(rows, there, wrong, FORWARD)
         before[rows[~wrong]] = distance
     # The way bends where it meets the edge of [0, 1]: bisected between its last two points, not from afar.
@@ -109,7 +110,7 @@ def ascent(
         if not len(rows):
             break
         logits, _, gradient = model.loss_gradient(here[rows], labels[rows], "cross-entropy")
-        wrong = logits.argmax(axis=1) != labels[rows]
+        wrong = misclassified(here[rows], logits, labels[rows])
         best.offer(rows, here[rows], wrong, GRADIENT)
         if taken < steps:
             rows, gradient = rows[~wrong], gradient[~wrong]

@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 
 from guard import attacks
-from guard.attacks import Floats, Found, Labels, Norm, column, length
+from guard.attacks import Floats, Found, Labels, Norm, column, length, misclassified
 from guard.errors import UsageError
 from guard.evaluation import wasserstein
 from guard.evaluation.attack import Attack, Run
@@ -58,7 +58,7 @@ def proposed(
     the budget, which the attack itself keeps. `passes` is the mean of the images attacked: libraries do not
     say more.
     """
-    points, success = images.copy(), model.logits(images).argmax(axis=1) != labels
+    points, success = images.copy(), misclassified(images, model.logits(images), labels)
     distance, passes = np.where(success, 0.0, np.inf), np.ones(len(images), np.int64)
     rows = np.flatnonzero(~success)
     if len(rows):
@@ -68,7 +68,7 @@ def proposed(
         found = np.clip(np.where(finite.reshape(-1, 1, 1, 1), found, images[rows]), 0.0, 1.0)
         if norm is not None and budget is not None:
             found = inside(images[rows], found, norm, budget)
-        hit = model.logits(found).argmax(axis=1) != labels[rows]
+        hit = misclassified(found, model.logits(found), labels[rows])
         reach = np.full(len(rows), budget) if norm is None else length(found - images[rows], norm)
         points[rows], success[rows] = found, hit
         distance[rows] = np.where(hit, reach, np.inf)

@@ -16,6 +16,7 @@ from guard.attacks import (
     column,
     dual_length,
     length,
+    misclassified,
     onto_boundary,
     project,
     steepest,
@@ -86,7 +87,7 @@ def _start(model: Classifier, images: Floats, labels: Labels, best: Best, seed: 
     for loudness in (0.0, *np.minimum(1.0, 0.01 * 1.1 ** np.arange(NOISES))):
         noise = [generators[row].standard_normal(images.shape[1:], dtype=np.float32) for row in rows]
         points = np.clip(images[rows] + np.float32(loudness) * np.stack(noise), 0.0, 1.0)
-        wrong = model.logits(points).argmax(axis=1) != labels[rows]
+        wrong = misclassified(points, model.logits(points), labels[rows])
         best.offer(rows, points, wrong, FORWARD)
         found[rows[wrong]] = points[wrong]
         rows = rows[~wrong]
@@ -102,10 +103,10 @@ def _back_into_the_wrong_class(
     there = there.copy()
     right = np.arange(len(here))
     for _ in range(backtracks):
-        right = right[model.logits(there[right]).argmax(axis=1) == labels[right]]
+        right = right[~misclassified(there[right], model.logits(there[right]), labels[right])]
         if not len(right):
             return there
         there[right] = (there[right] + here[right]) / 2
-    right = right[model.logits(there[right]).argmax(axis=1) == labels[right]]
+    right = right[~misclassified(there[right], model.logits(there[right]), labels[right])]
     there[right] = here[right]
     return there

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from guard import attacks
-from guard.attacks import Differentiable, Floats, Labels, Norm, column, random_directions
+from guard.attacks import Differentiable, Floats, Labels, Norm, column, misclassified, random_directions
 from guard.evaluation.results import Check, Finished, Flags
 from guard.stages import Arrays
 
@@ -74,7 +74,7 @@ def _random(
             break
         noise = random_directions(images.shape, norm, generator)[rows]
         points = np.clip(images[rows] + column(np.full(len(rows), eps)) * noise, 0.0, 1.0)
-        wrong[rows] = model.logits(points).argmax(axis=1) != labels[rows]
+        wrong[rows] = misclassified(points, model.logits(points), labels[rows])
     return wrong
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 from scipy import fft
 
-from guard.attacks import Differentiable, Floats, Found, Labels
+from guard.attacks import Differentiable, Floats, Found, Labels, misclassified
 from guard.errors import DataError
 from guard.evaluation.attack import Attack, bound
 from guard.evaluation.target import Target
@@ -66,7 +66,7 @@ def ascend(
             break
         attacked, pull_back = transform(images[rows], shift)
         logits, values, gradient = model.loss_gradient(attacked, labels[rows], "margin")
-        wrong = logits.argmax(axis=1) != labels[rows]
+        wrong = misclassified(attacked, logits, labels[rows])
         better = wrong | (values > highest[rows])
         best[rows[better]], highest[rows[better]] = attacked[better], values[better]
         distance[rows[wrong]] = np.abs(shift[wrong]).max(axis=tuple(range(1, shift.ndim)))
