@@ -134,7 +134,8 @@ def steepest(gradient: Floats, norm: Norm) -> Floats:
     """The unit vector of `norm` along which a function with this gradient grows most; 0 at gradient 0."""
     if norm == "linf":
         return np.sign(gradient)
-    return np.asarray(gradient / column(np.maximum(length(gradient, "l2"), TINY)), dtype=np.float32)
+    size = length(gradient, "l2")
+    return np.asarray(gradient / column(np.where(size > 0, size, 1.0)), dtype=np.float32)
 
 
 def project(vectors: Floats, eps: NDArray[np.float64], norm: Norm) -> Floats:

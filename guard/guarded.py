@@ -111,7 +111,8 @@ def loss_model(model: onnx.ModelProto, loss: Loss, *, provider: Provider = "cpu"
     """A loss and its input gradient: `images`, `labels` (B,) int64 → `logits`, `loss` (B,), `gradient`.
 
     `margin` is max_{i≠y} z_i - z_y, `probability-margin` the same on probabilities (SCALE 2.1, the modified
-    Carlini-Wagner loss), `cross-entropy` is -log p_y. Ascent on each leads away from the label y.
+    Carlini-Wagner loss), `cross-entropy` is -log p_y. Ascent on each leads away from the label y, and their
+    gradients keep their direction as long as float32 can hold the other probabilities.
     """
     graph = Graph(model, provider=provider)
     classes = number_of_classes(graph)
@@ -151,10 +152,17 @@ def _margin_loss(graph: Graph, label: str, classes: int) -> tuple[str, str]:
     return _dot(graph, LOGITS, difference), difference
 
 
-def _cross_entropy(graph: Graph, label: str, _: int) -> tuple[str, str]:
+def _cross_entropy(graph: Graph, label: str, classes: int) -> tuple[str, str]:
     log_probabilities = graph.op("LogSoftmax", LOGITS, axis=-1)
     probabilities = graph.op("Softmax", LOGITS, axis=-1)
-    return graph.op("Neg", _dot(graph, log_probabilities, label)), graph.op("Sub", probabilities, label)
+    value = graph.op("Neg", _dot(graph, log_probabilities, label))
+    # Near p_y = 1 float32 has few digits of the logarithm, and none from a margin of 17 on. With s the sum of
+    # the other probabilities it is -log(1 - s) = s + s²/2 + ...
+    one, half, small = (graph.constant(np.array(number, np.float32)) for number in (1, 0.5, 1e-3))
+    others = _dot(graph, probabilities, graph.op("Sub", one, label))
+    series = graph.op("Add", others, graph.op("Mul", half, graph.op("Mul", others, others)))
+    value = graph.op("Where", graph.op("Less", others, small), series, value)
+    return value, _balanced(graph, graph.op("Sub", probabilities, label), classes)
 
 
 def _probability_margin_loss(graph: Graph, label: str, classes: int) -> tuple[str, str]:
@@ -164,7 +172,19 @@ def _probability_margin_loss(graph: Graph, label: str, classes: int) -> tuple[st
     value = _dot(graph, probabilities, difference)
     # Softmax pulled back: p * (a - <a, p>) for the cotangent a = e_rival - e_label.
     centred = graph.op("Sub", difference, graph.op("Unsqueeze", value, _axes(graph, -1)))
-    return value, graph.op("Mul", probabilities, centred)
+    return value, _balanced(graph, graph.op("Mul", probabilities, centred), classes)
+
+
+def _balanced(graph: Graph, cotangent: str, classes: int) -> str:
+    """A cotangent (B, K) whose entries sum to 0, that of the most probable class computed from the others.
+
+    On its own it is a difference from 1, which float32 loses from a margin of 17 on, while the others, and
+    with them the gradient's direction, keep their digits down to probabilities of 1e-38.
+    """
+    top = _one_hot(graph, graph.op("ArgMax", LOGITS, axis=-1, keepdims=0), classes)
+    others = graph.op("Sub", cotangent, graph.op("Mul", cotangent, top))
+    rest = graph.op("ReduceSum", others, _axes(graph, -1), keepdims=1)
+    return graph.op("Sub", others, graph.op("Mul", top, rest))
 
 
 def _argmax_without(graph: Graph, label: str) -> str:

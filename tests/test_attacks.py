@@ -71,6 +71,7 @@ def test_steepest_is_the_unit_vector_that_attains_the_dual_norm(norm: Norm) -> N
     assert attacks.length(direction, norm) == pytest.approx(np.ones(6), rel=1e-6)
     assert attacks.inner(gradient, direction) == pytest.approx(attacks.dual_length(gradient, norm), rel=1e-5)
     assert not attacks.steepest(np.zeros((1, *SHAPE), np.float32), norm).any()
+    assert attacks.steepest(np.float32(1e-36) * gradient, norm) == pytest.approx(direction, rel=1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -3,7 +3,7 @@ import onnx
 import pytest
 import torch
 
-from guard.guarded import Score, guarded_model, loss_model, vjp_model
+from guard.guarded import Loss, Score, guarded_model, loss_model, vjp_model
 from guard.runtime import session_of
 from tests.networks import Array, convolutional, images, linear
 
@@ -131,3 +131,34 @@ def test_losses_agree_with_autograd(network: onnx.ModelProto, loss: str) -> None
     np.testing.assert_allclose(found["loss"], value.detach().numpy(), rtol=1e-4, atol=1e-6)
     scale = float(gradient.abs().max())
     np.testing.assert_allclose(found["gradient"], gradient.numpy(), atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("loss", ["cross-entropy", "probability-margin"])
+def test_gradients_keep_their_direction_where_one_class_is_almost_certain(loss: Loss, label: int) -> None:
+    margins = np.array([0, 3, 5, 10, 15, 16, 17, 18, 20, 30, 40, 60, 80])
+    weight = np.diag([100.0, 100.0, 100.0]) + np.array([[0, 50, 25], [25, 0, 50], [50, 25, 0]])
+    wanted = np.stack([margins, 0 * margins, -1.0 - 0 * margins], axis=1)
+    pixels = np.linalg.solve(weight, wanted.T).T.astype(np.float32)
+    logits = pixels.astype(np.float64) @ weight.T
+    model = loss_model(linear(weight, shape=(1, 1, 3)), loss)
+    labels = np.full(len(margins), label, np.int64)
+    found = run(model, images=pixels.reshape(-1, 1, 1, 3), labels=labels)
+
+    # The same in float64, every 1 - p as the sum of the others.
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    rest = np.stack([p[:, [1, 2]].sum(axis=1), p[:, [0, 2]].sum(axis=1), p[:, [0, 1]].sum(axis=1)], axis=1)
+    other = 1 - label
+    if loss == "cross-entropy":
+        cotangents = p.copy()
+        cotangents[:, label] = -rest[:, label]
+        value = -np.log1p(-rest[:, label]) if label == 0 else -np.log(p[:, label])
+        assert found["loss"] == pytest.approx(value, rel=2e-4)
+    else:
+        cotangents = -p * (p[:, other] - p[:, label])[:, None]
+        cotangents[:, other] = p[:, other] * (rest[:, other] + p[:, label])
+        cotangents[:, label] = -p[:, label] * (rest[:, label] + p[:, other])
+    exact = cotangents @ weight
+    error = np.linalg.norm(found["gradient"].reshape(-1, 3) - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert (error < 1e-4).all(), error
