@@ -65,7 +65,7 @@ def test_quick(folder: Path, capsys: Captured) -> None:
     assert results.settings["quick"]
     assert results.settings["images"] == 100
     names = {one.name for one in results.attacks}
-    assert {"pgd-l2", "pgd-linf", "joint-pgd-l2"} <= names
+    assert {"pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2"} <= names
     assert {one.norm for one in results.standing} == {"l2", "linf"}
     assert len(results.checks) == 9
     assert "signs of masked gradients: 0 found" in capsys.readouterr().out
@@ -224,4 +224,12 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
 
 def test_the_default_suite_covers_what_the_headline_needs() -> None:
     names = {common_name(one) for one in suite.known() if suite.belongs(one, "default")}
-    assert {"pgd-l2", "pgd-linf", "fmn-l2", "fmn-linf", "joint-pgd-l2"} <= names
+    assert {
+        "pgd-l2",
+        "pgd-linf",
+        "pgd-deep-l2",
+        "pgd-deep-linf",
+        "fmn-l2",
+        "fmn-linf",
+        "joint-pgd-l2",
+    } <= names

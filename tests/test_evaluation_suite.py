@@ -20,6 +20,7 @@ def attack(name: str, **changes: Any) -> Attack:
 ATTACKS = (
     attack("pgd-l2", budgets=(0.5, 1.0)),
     attack("pgd-linf", budgets=(2 / 255,), norm="linf"),
+    attack("pgd-deep-l2", budgets=(0.5,)),
     attack("fmn-l2"),
     attack("joint-pgd-l2", budgets=(0.5,), aware="jacobian"),
     attack("joint-pgd-radius-l2", budgets=(0.5,), aware="radius"),
@@ -39,13 +40,16 @@ def chosen(*words: str, scores: tuple[Any, ...] = ("jacobian",)) -> list[str]:
 @pytest.mark.parametrize(
     ("group", "names"),
     [
-        ("gradient", ["pgd-l2", "pgd-linf"]),
+        ("gradient", ["pgd-l2", "pgd-linf", "pgd-deep-l2"]),
         ("minimum-norm", ["fmn-l2"]),
         ("decision", ["square-l2"]),
         ("adaptive", ["joint-pgd-l2", "transfer-l2"]),
         ("unseen", ["recolor"]),
         ("controls", ["noise-l2"]),
-        ("default", ["pgd-l2", "pgd-linf", "fmn-l2", "joint-pgd-l2", "transfer-l2", "noise-l2"]),
+        (
+            "default",
+            ["pgd-l2", "pgd-linf", "pgd-deep-l2", "fmn-l2", "joint-pgd-l2", "transfer-l2", "noise-l2"],
+        ),
     ],
 )
 def test_groups(group: str, names: list[str]) -> None:
@@ -59,7 +63,7 @@ def test_every_attack_is_in_a_group_of_its_kind() -> None:
 
 
 def test_names_leave_out_the_score() -> None:
-    assert [common_name(one) for one in ATTACKS[3:6]] == ["joint-pgd-l2"] * 3
+    assert [common_name(one) for one in ATTACKS[4:7]] == ["joint-pgd-l2"] * 3
     assert chosen("joint-pgd-l2", scores=("radius",)) == ["joint-pgd-radius-l2"]
     assert chosen("joint-pgd-l2", "fmn-l2", scores=("jacobian", "radius")) == [
         "fmn-l2",
@@ -91,7 +95,7 @@ def test_budgets_replace_those_of_the_same_norm() -> None:
     budgets: Any = {"l2": (0.1,)}
     assert with_budgets(ATTACKS[0], budgets).budgets == (0.1,)
     assert with_budgets(ATTACKS[1], budgets).budgets == (2 / 255,)
-    assert with_budgets(ATTACKS[2], budgets).budgets is None
+    assert with_budgets(ATTACKS[3], budgets).budgets is None
     assert with_budgets(replace(ATTACKS[0], norm=None), budgets).budgets == (0.5, 1.0)
 
 
@@ -110,6 +114,7 @@ def test_names_of_all_attacks_differ_and_cheap_ones_come_first() -> None:
 
 def test_the_quick_suite_is_there() -> None:
     names = {common_name(one) for one in suite.quick(("jacobian",), known())}
-    assert {"pgd-l2", "pgd-linf", "joint-pgd-l2"} <= names
+    assert {"pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2"} <= names
+    assert "pgd-deep-linf" not in names
     if any(one.name == "cw-l2" for one in known()):
         assert "cw-quick-l2" in names

@@ -52,7 +52,7 @@ gradients and an audit of the radii follow. Read RESULTS with guard report.
 A run that was stopped goes on when the same command is given again; attacks
 added later leave finished ones as they are. Groups of attacks (guard
 evaluate --attacks list shows every attack and its cost):
-  default       noise, FGSM, PGD, APGD, FMN, joint PGD, high confidence, denial
+  default       noise, FGSM, PGD, deep PGD, APGD, FMN, joint PGD, high confidence, denial
   gradient      the strongest image within a budget, by gradients
   minimum-norm  the nearest wrong image, by gradients
   decision      black box: by queries of labels or scores
@@ -98,7 +98,7 @@ guard evaluate --attacks list""",
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"PGD, joint PGD and Carlini-Wagner on {_QUICK_IMAGES} images, in a few minutes",
+        help=f"PGD, deep PGD, joint PGD and Carlini-Wagner on {_QUICK_IMAGES} images, in a few minutes",
     )
     parser.add_argument(
         "--scores",
@@ -299,7 +299,7 @@ def summary(results: "Results", out: Path) -> str:
         lines += [
             "",
             f"rejected by {results.served} of what attacks that do not know it get wrong (AUROC);",
-            "most stop at the first wrong image, and one that goes on is rejected less:",
+            "most stop at the first wrong image; pgd-deep goes on and is rejected less:",
         ]
         for one in plain:
             found = one.detection[results.served]

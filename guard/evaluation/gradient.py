@@ -295,6 +295,23 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
         ),
         attack("pgd", "PGD-20, two starts", pgd(20, 2, "margin"), 2 * 21 * GRADIENT, MANIFOLD, at),
         attack(
+            "pgd-deep",
+            "PGD-20, two starts, as deep as the budget allows",
+            partial(
+                _run_seeded,
+                attacks.pgd,
+                norm=norm,
+                steps=20,
+                restarts=2,
+                loss="cross-entropy",
+                clip=True,
+                stop=False,
+            ),
+            2 * 21 * GRADIENT,
+            "Madry et al. 2018; steps falling from eps to eps / 10",
+            at,
+        ),
+        attack(
             "pgd-restarts",
             "PGD-20, 10 starts, on the cross-entropy",
             pgd(20, 10, "cross-entropy"),

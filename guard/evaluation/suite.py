@@ -20,6 +20,7 @@ DEFAULT = (
     "noise",
     "fgsm",
     "pgd",
+    "pgd-deep",
     "apgd-margin",
     "fmn",
     "high-confidence",
@@ -43,7 +44,7 @@ Group = Literal[
 ]
 
 GROUPS: dict[Group, str] = {
-    "default": "noise, FGSM, PGD, APGD, FMN, joint PGD, high confidence, denial",
+    "default": "noise, FGSM, PGD, deep PGD, APGD, FMN, joint PGD, high confidence, denial",
     "gradient": "the strongest image within a budget, by gradients",
     "minimum-norm": "the nearest wrong image, by gradients",
     "decision": "black box: by queries of labels or scores",
@@ -54,7 +55,7 @@ GROUPS: dict[Group, str] = {
     "all": "everything that is installed",
 }
 
-QUICK = ("pgd-l2", "pgd-linf", "joint-pgd-l2", "cw-quick-l2")
+QUICK = ("pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2", "cw-quick-l2")
 QUICK_BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.5,), "linf": (2 / 255,)}
 
 
@@ -149,7 +150,7 @@ def choose(
 
 
 def quick(scores: Sequence[ScoreName], attacks: Sequence[Attack]) -> list[Attack]:
-    """The suite of `--quick`: PGD-20, joint PGD and a shortened Carlini-Wagner."""
+    """The suite of `--quick`: PGD-20, deep PGD, joint PGD and a shortened Carlini-Wagner."""
     usable = [attack for attack in attacks if attack.aware is None or attack.aware in scores]
     return [attack for attack in usable if common_name(attack) in QUICK]
 

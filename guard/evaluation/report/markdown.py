@@ -55,7 +55,8 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
         (
             "Detection of attacks that succeed, most of which know nothing of the detector; it comes second "
             "to the figures above, which count those that do. Most attacks, PGD of a budget among them, stop "
-            "at an image's first wrong class, where gradients are large; one that goes on is rejected less:"
+            "at an image's first wrong class, where gradients are large; one that goes on, as pgd-deep does, "
+            "is rejected less:"
         ),
         "",
         *_table(

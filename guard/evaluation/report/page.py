@@ -308,7 +308,7 @@ def _detection(both: Sequence[Evaluation]) -> str:
             "images (AUROC). Attacks that do not evade the score know nothing of it: these are figures of "
             "the careless attacker, not of the detector's worth, which the robust accuracy above states. "
             "Most attacks, PGD of a budget among them, stop at an image's first wrong class, where gradients "
-            "are large; one that goes on into that class is rejected less.</p>"
+            "are large; one that goes on into that class, as pgd-deep does, is rejected less.</p>"
         )
     ]
     for evaluation in both:
