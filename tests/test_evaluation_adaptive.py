@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from guard.attacks import Floats, Labels, Norm, length
+from guard.attacks import GRADIENT, Floats, Labels, Norm, length
 from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.evaluation import adaptive
@@ -328,7 +328,32 @@ def test_what_attacks_cost_is_never_above_what_is_registered(
             target = Target(counting, {"radius": guard})
             found = attack.run(target, images, labels, None if attack.budgets is None else 1.0, 0)
             assert not found.success.any()
+            assert found.passes is not None
+            assert found.passes[0] == counting.passes, attack.name
             assert 0.6 * attack.passes < counting.passes <= attack.passes, attack.name
+
+
+def test_the_cost_is_counted_per_image_until_it_succeeds() -> None:
+    guard, w, _ = two_classes("radius")
+    images, labels, _ = batch(w, 2)
+    for attack in (*ATTACKS, *OVER_REJECTION):
+        if attack.aware == "radius" and attack.norm == "l2":
+            budget = None if attack.budgets is None else 0.5
+            found = attack.run(target_of(guard), images, labels, budget, 0)
+            assert found.passes is not None
+            assert (found.passes >= adaptive.JUDGED).all()
+            assert (found.passes < 0.5 * attack.passes).all(), attack.name
+    near, far = 0.02, 0.5
+    first = adaptive.joint(
+        target_of(guard), images, labels, np.array([near, far]), score="radius", norm="l2", deep_steps=6
+    )
+    assert first.success.tolist() == [False, True]
+    assert first.passes is not None
+    assert first.passes[1] == 6 * GRADIENT + adaptive.JUDGED
+    assert first.passes[0] > 10 * first.passes[1]
+    twin = adaptive.transfer(guard.detector, target_of(guard), images, labels, far, norm="l2", steps=6)
+    assert twin.passes is not None
+    assert twin.passes.tolist() == [6 * GRADIENT] * 2
 
 
 def test_attacks_run_in_their_one_shape() -> None:

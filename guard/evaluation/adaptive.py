@@ -230,16 +230,27 @@ def margin_of(logits: Floats, classes: Labels) -> Values:
 
 @dataclass
 class Kept:
-    """The best attacked images so far: success beats none, then `merit` (B,) counts."""
+    """The best attacked images so far: success beats none, then `merit` (B,) counts.
+
+    `passes` (B,) is what was spent until the first success, in forward passes.
+    """
 
     images: Floats
     success: Flags
     merit: Values
+    passes: NDArray[np.int64]
 
     @classmethod
     def of(cls, images: Floats) -> "Kept":
         """Nothing found yet."""
-        return cls(images.copy(), np.zeros(len(images), np.bool_), np.full(len(images), -np.inf))
+        count = len(images)
+        return cls(
+            images.copy(), np.zeros(count, np.bool_), np.full(count, -np.inf), np.zeros(count, np.int64)
+        )
+
+    def charge(self, rows: NDArray[np.intp], passes: int | NDArray[np.int64]) -> None:
+        """Books what was spent on images (one number, or (R,)); on successes nothing more."""
+        self.passes[rows] += np.where(self.success[rows], 0, passes)
 
     def offer(self, rows: NDArray[np.intp], points: Floats, success: Flags, merit: Values) -> Flags:
         """Takes what is better; returns which were."""
@@ -346,6 +357,7 @@ def joint(
         found = _lower(
             target, part, y, limit, points, aims, score=score, norm=norm, steps=steps, adaptive=adaptive
         )
+        kept.charge(rows, _deep_passes(start, deep_steps) + found.passes)
         kept.offer(rows, found.images, found.success, found.merit)
     return _confirmed(target, images, labels, kept, score, norm)
 
@@ -375,6 +387,7 @@ def _lower(
             break
         here = points[rows]
         judged = judge(target, here, labels[rows], score)
+        kept.charge(rows, JUDGED)
         logits = judged.verdict.measurement.logits
         aimed = np.where(aims[rows] >= 0, aims[rows], others(logits, labels[rows]))
         kept.offer(rows, here, judged.success, _merit(judged, logits, aimed))
@@ -382,6 +395,7 @@ def _lower(
             break
         weight[rows] = np.where(judged.wrong, np.minimum(0.9, weight[rows] + 0.1), weight[rows] / 2)
         pull = _pull(target.model, here, judged, aimed, weight[rows])
+        kept.charge(rows, np.where(judged.wrong, PULLED, GRADIENT))
         if not adaptive:
             length_ = falling(eps[rows] / 2, step, steps)
             points[rows] = _moved(images[rows], here, pull, length_, eps[rows], norm)
@@ -407,7 +421,7 @@ def _confirmed(
     if len(rows):
         success[rows] = judge(target, kept.images[rows], labels[rows], score).success
     distance = np.where(success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, success, distance)
+    return Found(kept.images, success, distance, kept.passes)
 
 
 def nearest_accepted(
@@ -430,6 +444,7 @@ def nearest_accepted(
     near = minimum_norm(target.model, images, labels, norm=norm, clip=True, steps=steps)
     reach = np.maximum(near.distance, FLOOR[norm])
     kept = Kept.of(images)
+    kept.charge(np.arange(len(images)), _nearest_passes(steps))
     for factor in OUTWARD:
         rows = np.flatnonzero(~kept.success & near.success)
         if not len(rows):
@@ -439,6 +454,7 @@ def nearest_accepted(
         out = np.clip(some + (near.images[rows] - some) * np.float32(factor), 0.0, 1.0)
         aims = np.full(len(rows), -1)
         found = _lower(target, some, y, eps, out, aims, score=score, norm=norm, steps=4, adaptive=False)
+        kept.charge(rows, found.passes)
         kept.offer(rows, found.images, found.success, -length(found.images - some, norm))
         left = ~found.success
         if left.any():
@@ -454,6 +470,8 @@ def nearest_accepted(
                 starts=(Start("cross-entropy"),),
                 seed=seed,
             )
+            if deep.passes is not None:
+                kept.charge(rows[left], deep.passes)
             kept.offer(rows[left], deep.images, deep.success, -length(deep.images - some[left], norm))
     _shrink(target, images, labels, kept, score=score, norm=norm, steps=steps)
     _bisect(target, images, labels, kept, score=score, norm=norm)
@@ -534,6 +552,7 @@ def evasive_carlini_wagner(
         for step in range(1, steps + 1):
             points = np.asarray((1 + np.tanh(w)) / 2, np.float32)
             judged = judge(target, points, labels, score)
+            kept.charge(rows, JUDGED)
             hit |= judged.success
             kept.offer(rows, points, judged.success, -length(points - images, "l2"))
             logits = judged.verdict.measurement.logits
@@ -541,6 +560,8 @@ def evasive_carlini_wagner(
             up = -target.model.loss_gradient(points, aims, "margin")[2]
             loss = np.where(column(margin_of(logits, aims)) < 0, -up, 0)
             failing = np.flatnonzero(judged.wrong & (judged.excess > 0))
+            kept.charge(rows, GRADIENT)
+            kept.charge(failing, DESCENT)
             if len(failing):
                 down = steepest(descent(target.model, points, judged, failing), "l2")
                 loss[failing] -= down * column(length(up[failing], "l2"))
@@ -583,22 +604,25 @@ def deny(
             near = minimum_norm(
                 target.model, points, labels[rows], norm=norm, clip=True, steps=steps, bisections=15
             )
+            kept.charge(rows, _nearest_passes(steps, 15))
             points = np.clip(points + project(near.images - points, budget[rows], norm), 0.0, 1.0)
         for step in range(steps + 1):
             judged = judge(target, points, labels[rows], score)
+            kept.charge(rows, JUDGED)
             kept.offer(rows, points, ~judged.verdict.accepted, judged.excess)
             on = ~kept.success[rows]
             if step == steps or not on.any():
                 break
             pull = -descent(target.model, points, judged, np.flatnonzero(on))
             rows, points = rows[on], points[on]
+            kept.charge(rows, DESCENT)
             rate = falling(budget[rows] / 2, step, steps)
             points = _moved(images[rows], points, pull, rate, budget[rows], norm)
     rows = np.flatnonzero(kept.success)
     if len(rows):
         kept.success[rows] = ~target.verdict(kept.images[rows], score).accepted
     distance = np.where(kept.success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, kept.success, distance)
+    return Found(kept.images, kept.success, distance, kept.passes)
 
 
 def transfer(
@@ -629,6 +653,7 @@ def transfer(
         points, _ = _ascend(
             twin, images[rows], labels[rows], budget[rows], start, norm=norm, steps=steps, generator=generator
         )
+        kept.charge(rows, _deep_passes(start, steps))
         if score is None:
             logits = target.model.logits(points)
             wrong = misclassified(points, logits, labels[rows])
@@ -640,19 +665,32 @@ def transfer(
     if score is not None:
         return _confirmed(target, images, labels, kept, score, norm)
     distance = np.where(kept.success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, kept.success, distance)
+    return Found(kept.images, kept.success, distance, kept.passes)
 
 
 JUDGED = 5
 """Forward passes that a verdict costs, of two rows; few images take more."""
-PULLED = 4 * GRADIENT
-"""The same of a step's direction: the margin's gradient, a row's, and two more either side."""
+DESCENT = 3 * GRADIENT
+"""The same of `descent`: a row's gradient, and one more either side."""
+PULLED = GRADIENT + DESCENT
+"""The same of a step's direction where the image is wrong: the margin's gradient too."""
+
+
+def _nearest_passes(steps: int, bisections: int = BISECTIONS) -> int:
+    """The cost of `minimum_norm`, all of its steps."""
+    return (steps + 1) * GRADIENT + bisections * FORWARD
+
+
+def _deep_passes(start: Start, steps: int) -> int:
+    """The cost of `_ascend`."""
+    if start.outward:
+        return _nearest_passes(steps)
+    return steps * GRADIENT + FORWARD * (start.place is not None)
 
 
 def _joint_passes(starts: Sequence[Start], steps: int, deep_steps: int) -> int:
     """The cost of `joint` for an image that withstands every start."""
-    outward = (deep_steps + 1) * GRADIENT + BISECTIONS * FORWARD
-    deep = sum(outward if start.outward else deep_steps * GRADIENT + FORWARD for start in starts)
+    deep = sum(_deep_passes(start, deep_steps) for start in starts)
     return deep + len(starts) * ((steps + 1) * JUDGED + steps * PULLED) + JUDGED
 
 
@@ -710,8 +748,7 @@ def _nearest(score: ScoreName, norm: Norm) -> Attack:
         run=run,
         norm=norm,
         knowledge="gradients",
-        passes=41 * GRADIENT
-        + BISECTIONS * FORWARD
+        passes=_nearest_passes(40)
         + len(OUTWARD) * (5 * JUDGED + 4 * PULLED + _joint_passes(DEEP[:1], 4, 8))
         + 40 * (JUDGED + PULLED)
         + 11 * JUDGED,
@@ -801,7 +838,7 @@ def transfer_attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> 
                     run=run,
                     norm=norm,
                     knowledge="another network",
-                    passes=(len(DEEP) if score else 1) * 40 * GRADIENT,
+                    passes=sum(_deep_passes(start, 40) for start in (DEEP if score else DEEP[:1])),
                     source="Papernot et al. 2017",
                     budgets=BUDGETS[norm],
                     aware=score,
@@ -819,7 +856,7 @@ OVER_REJECTION: tuple[Attack, ...] = tuple(
         deny,
         score,
         norm,
-        passes=2 * (21 * JUDGED + 20 * PULLED) + 21 * GRADIENT + 15 * FORWARD + JUDGED,
+        passes=2 * (21 * JUDGED + 20 * DESCENT) + _nearest_passes(20, 15) + JUDGED,
         source="PGD on the served score",
     )
     for score in SCORES
