@@ -10,7 +10,7 @@ Attacks on images of eight bits per channel, as a server gets them, are in `guar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, get_args
 
@@ -268,6 +268,13 @@ def _merit(judged: Judged, logits: Floats, aims: Labels) -> Values:
     return np.asarray(found, np.float64)
 
 
+def _distinct(starts: Sequence[Start], classes: int) -> Sequence[Start]:
+    """The starts without repeats: away from one of two classes is towards the other, whatever the place."""
+    if classes > 2:
+        return starts
+    return list(dict.fromkeys(replace(start, place=None) for start in starts))
+
+
 def _ascend(
     model: Classifier,
     images: Floats,
@@ -346,7 +353,7 @@ def joint(
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
     generator = np.random.default_rng(seed)
     kept = Kept.of(images)
-    for start in starts:
+    for start in _distinct(starts, target.model.num_classes):
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
             break
@@ -489,6 +496,8 @@ def _shrink(
         decay = 0.5 * (1 + np.cos(np.pi * step / steps))
         judged = judge(target, points, labels[rows], score)
         kept.offer(rows, points, judged.success, -length(points - images[rows], norm))
+        if step == steps - 1:
+            break
         nearest = -kept.merit[rows]
         gamma = 0.02 + 0.1 * decay
         grown = np.minimum(radius * (1 + gamma / 2), nearest * 0.995)
@@ -555,6 +564,8 @@ def evasive_carlini_wagner(
             kept.charge(rows, JUDGED)
             hit |= judged.success
             kept.offer(rows, points, judged.success, -length(points - images, "l2"))
+            if step == steps:
+                break
             logits = judged.verdict.measurement.logits
             aims = others(logits, labels)
             up = -target.model.loss_gradient(points, aims, "margin")[2]
@@ -646,7 +657,7 @@ def transfer(
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
     generator = np.random.default_rng(seed)
     kept = Kept.of(images)
-    for start in starts if score is not None else starts[:1]:
+    for start in _distinct(starts if score is not None else starts[:1], twin.num_classes):
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
             break
@@ -750,8 +761,8 @@ def _nearest(score: ScoreName, norm: Norm) -> Attack:
         knowledge="gradients",
         passes=_nearest_passes(40)
         + len(OUTWARD) * (5 * JUDGED + 4 * PULLED + _joint_passes(DEEP[:1], 4, 8))
-        + 40 * (JUDGED + PULLED)
-        + 11 * JUDGED,
+        + 39 * (JUDGED + PULLED)
+        + 12 * JUDGED,
         source="FMN (Pintor et al. 2021) on the served decision",
         aware=score,
     )
@@ -768,7 +779,7 @@ def _evasive(score: ScoreName) -> Attack:
         run=run,
         norm="l2",
         knowledge="gradients",
-        passes=4 * 60 * (JUDGED + PULLED) + JUDGED,
+        passes=4 * (60 * JUDGED + 59 * PULLED) + JUDGED,
         source="LIPGEN 7",
         aware=score,
     )
