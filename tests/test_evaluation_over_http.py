@@ -15,6 +15,7 @@ from guard.decision import Guard
 from guard.errors import GuardError
 from guard.evaluation import over_http
 from guard.evaluation.over_http import ATTACKS, Answer, Upload
+from guard.evaluation.results import ROUNDING
 from guard.evaluation.target import Target
 from guard.settings import Policy
 from tests.serving import GAIN, SHAPE, write_bundle
@@ -109,7 +110,7 @@ def test_scores_lead_to_an_accepted_image_within_the_budget(guard: Guard, norm: 
     assert len(counting.asked) == found.queries.sum()
     for upload in counting.asked:
         near = min(over_http.size(over_http.floats(upload) - image, norm) for image in images)
-        assert near <= eps * (1 + 1e-5)
+        assert near <= over_http.farthest(eps)
     for upload, label in zip(found.uploads, labels, strict=True):
         (decision,) = guard.classify(over_http.floats(upload)[None])
         assert decision.accepted
@@ -159,7 +160,28 @@ def test_uploads_within_a_budget(norm: Norm) -> None:
         point = image + generator.standard_normal(SHAPE, dtype=np.float32)
         upload = over_http.within(over_http.floats(over_http.rounded(image)), point, eps, norm)
         distance = over_http.size(over_http.floats(upload) - over_http.floats(over_http.rounded(image)), norm)
-        assert 0.5 * eps < distance <= eps * (1 + 1e-5)
+        assert 0.5 * eps < distance <= over_http.farthest(eps)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_upload_is_farther_than_results_allow(norm: Norm) -> None:
+    image = np.zeros(SHAPE, np.float32)
+    point = over_http.floats(np.full(SHAPE, 30, np.uint8))
+    eps = over_http.size(point, norm) - 2e-6 * (1 + over_http.size(point, norm))
+    upload = over_http.within(image, point, eps, norm)
+    assert 0.9 * eps < over_http.size(over_http.floats(upload), norm) <= eps * (1 + ROUNDING) + ROUNDING
+
+    def asked() -> over_http.Search:
+        yield [over_http.rounded(point)]
+
+    def broken(uploads: Sequence[Upload]) -> list[Answer]:
+        return [{"accepted": True, "label": 1} for _ in uploads]
+
+    labels = np.zeros(1, np.int64)
+    found = over_http.attack(broken, [asked()], image[None], labels, norm=norm, eps=eps)
+    assert not found.success.any()
+    found = over_http.attack(broken, [asked()], image[None], labels, norm=norm, eps=eps + 2e-6 * (1 + eps))
+    assert found.success.all()
 
 
 def test_what_a_search_lowers() -> None:

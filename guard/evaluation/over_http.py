@@ -28,6 +28,7 @@ from guard.decision import Guard
 from guard.errors import GuardError
 from guard.evaluation.adaptive import JUDGED, SCORES, judge, named
 from guard.evaluation.attack import BUDGETS, Attack, bound
+from guard.evaluation.results import ROUNDING
 from guard.evaluation.target import Target
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ TRIES = 5
 QUERIES = 1000
 """Queries per image, by default."""
 TOP_LEVEL = 255
-ROUNDING = 1 + 1e-5
-"""What the eighth digit of a float may add to a distance."""
+SLACK = 1e-4
+"""Of a level, that float32 may take from a bound of a whole level in linf; below `ROUNDING` in pixels."""
 COARSE = 8
 """Cells along the longer side of the patterns that a walk is drawn from: smooth ones find more per query."""
 
@@ -154,7 +155,7 @@ def attack(
     uploads = np.stack([rounded(image) for image in images]) if len(images) else images.astype(np.uint8)
     nearest, spent = np.full(len(images), np.inf), np.zeros(len(images), np.int64)
     first = np.zeros(len(images), np.int64)
-    limit = np.inf if eps is None else eps * ROUNDING
+    limit = np.inf if eps is None else farthest(eps)
     wanted = {number: next(search) for number, search in enumerate(searches)}
     while wanted:
         asked = {n: batch[: queries - int(spent[n])] for n, batch in wanted.items() if spent[n] < queries}
@@ -197,15 +198,20 @@ def rounded(point: Floats) -> Upload:
     return np.clip(np.rint(point * TOP_LEVEL), 0, TOP_LEVEL).astype(np.uint8)
 
 
+def farthest(eps: float) -> float:
+    """The distance that results count as within eps."""
+    return eps * (1 + ROUNDING) + ROUNDING
+
+
 def within(image: Floats, point: Floats, eps: float, norm: Norm) -> Upload:
     """An upload near the point and within eps of the image, if there is any: linf rounds inwards; in l2 the
     shift shrinks until the rounded one fits.
     """
     if norm == "linf":
         low, high = ((np.clip(image + side, 0, 1)) * TOP_LEVEL for side in (-eps, eps))
-        return np.clip(rounded(point), np.ceil(low - 1e-3), np.floor(high + 1e-3)).astype(np.uint8)
+        return np.clip(rounded(point), np.ceil(low - SLACK), np.floor(high + SLACK)).astype(np.uint8)
     share = min(1.0, eps / max(size(point - image, norm), TINY))
-    while size(floats(rounded(image + np.float32(share) * (point - image))) - image, norm) > eps * ROUNDING:
+    while size(floats(rounded(image + np.float32(share) * (point - image))) - image, norm) > farthest(eps):
         share = 0.97 * share if share > 0.01 else 0.0
         if share == 0.0:
             break
