@@ -1,8 +1,11 @@
 """The Carlini-Wagner attack beyond what all gradient attacks are tested for."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from guard.attacks import minimum_norm
 from guard.evaluation.carlini_wagner import carlini_wagner
 from guard.runtime import Detector
 from tests import networks
@@ -36,3 +39,23 @@ def test_more_searches_come_no_farther() -> None:
     few, more = (carlini_wagner(model, images, labels, steps=40, searches=n) for n in (2, 5))
     assert (more.distance <= few.distance).all()
     assert more.success.all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"), [({"searches": 4, "steps": 50, "rate": 0.02}, 0.1), ({}, 0.01)]
+)
+def test_pixels_at_the_ends_of_the_box_move(settings: dict[str, Any], tolerance: float) -> None:
+    rng = np.random.default_rng(1)
+    weight = (2 * rng.normal(size=(3, 48))).astype(np.float32)
+    model = Detector(networks.linear(weight, -weight.sum(axis=1) / 2, (1, 6, 8)), provider="cpu", threads=1)
+    images = np.round(rng.random((200, 1, 6, 8), dtype=np.float32))
+    logits = np.sort(model.logits(images), axis=1)
+    lead = logits[:, -1] - logits[:, -2]
+    images = images[(lead > 1) & (lead < 5)][:12]
+    labels = model.logits(images).argmax(axis=1)
+    near = minimum_norm(model, images, labels, norm="l2", steps=100, clip=True)
+    found = carlini_wagner(model, images, labels, **settings)
+    assert found.success.all()
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert np.median(found.distance / near.distance) < 1 + tolerance

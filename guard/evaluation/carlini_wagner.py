@@ -8,8 +8,8 @@ from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier
 
 BETA_1, BETA_2, ADAM_TINY = 0.9, 0.999, 1e-8
-INSIDE = np.float32(1 - 1e-6)
-"""Pixels are drawn this far into (-1, 1), so that their inverse tanh is finite."""
+INSIDE = np.float32(0.97)
+"""Where in (-1, 1) the ends of [0, 1] lie: nearer to 1, pixels of exactly 0 or 1 could hardly move."""
 
 
 def carlini_wagner(
@@ -25,11 +25,12 @@ def carlini_wagner(
 ) -> Found:
     """The nearest misclassified image in the l2 norm, by Adam on ||δ||² + c max(z_y - max_{i≠y} z_i, -κ).
 
-    The image is (tanh w + 1) / 2, so it stays in [0, 1] by itself. c starts at `constant`; it is multiplied
-    by ten until an image breaks and then bisected (geometrically), `searches` times in all. A search ends
-    early for an image whose objective has not fallen by 0.01% within a tenth of the steps. κ, `confidence`,
-    asks for a logit margin beyond the boundary; an image counts as broken only with it. Source: Carlini &
-    Wagner 2017, V-B, VI-A.
+    The image is (tanh w / 0.97 + 1) / 2, clipped to [0, 1]; the paper's (tanh w + 1) / 2 has its ends at
+    infinity, where tanh is flat and images of many black or white pixels stay unbroken. c starts at
+    `constant`; it is multiplied by ten until an image breaks and then bisected (geometrically), `searches`
+    times in all. A search ends early for an image whose objective has not fallen by 0.01% within a tenth of
+    the steps. κ, `confidence`, asks for a logit margin beyond the boundary; an image counts as broken only
+    with it. Source: Carlini & Wagner 2017, V-B, VI-A.
     """
     count = len(images)
     best = Best(images, "l2")
@@ -49,7 +50,7 @@ def carlini_wagner(
         lowest = np.full(len(rows), np.inf)
         for step in range(1, steps + 1):
             squashed = np.tanh(inner)
-            points = np.asarray((squashed + 1) / 2, dtype=np.float32)
+            points = np.clip((squashed / INSIDE + 1) / 2, 0.0, 1.0, dtype=np.float32)
             logits, margin, gradient = model.loss_gradient(points, labels[rows], "margin")
             beyond = _beyond(points, logits, labels[rows], confidence)
             best.offer(rows, points, beyond, GRADIENT)
@@ -66,7 +67,7 @@ def carlini_wagner(
                 if not len(rows):
                     break
             active = column(weight[rows] * (margin < confidence))
-            downhill = (2 * shift - active * gradient) * (1 - squashed**2) / 2
+            downhill = (2 * shift - active * gradient) * (1 - squashed**2) / (2 * INSIDE)
             first = BETA_1 * first + (1 - BETA_1) * downhill
             second = BETA_2 * second + (1 - BETA_2) * downhill**2
             adam = (first / (1 - BETA_1**step)) / (np.sqrt(second / (1 - BETA_2**step)) + ADAM_TINY)
