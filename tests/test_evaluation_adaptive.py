@@ -144,6 +144,17 @@ def test_denial_makes_clean_images_rejected_without_another_class(score: ScoreNa
     assert [decision.label for decision in guard.classify(found.images)] == labels.tolist()
 
 
+def test_evasive_carlini_wagner_moves_black_and_white_pixels() -> None:
+    guard, w, depth = two_classes("jacobian")
+    images = np.round(np.random.default_rng(1).random((200, *SHAPE), dtype=np.float32))
+    logit = images.reshape(200, -1).astype(np.float64) @ w
+    images, logit = images[np.abs(logit) < 1][:6], logit[np.abs(logit) < 1][:6]
+    labels = (logit > 0).astype(np.int64)
+    found = adaptive.evasive_carlini_wagner(target_of(guard), images, labels, score="jacobian")
+    assert found.success.all()
+    assert (found.distance >= (np.abs(logit) + depth) / SIZE * 0.999).all()
+
+
 def test_the_longest_row_is_lowered_whichever_it_is() -> None:
     # Classes 0 and 1 share their weights: the row of class 2 is the longest although it is the last.
     w = np.random.default_rng(0).normal(size=12)

@@ -41,6 +41,7 @@ from guard.bundle import ScoreName
 from guard.certificate import effective_slope
 from guard.decision import Guard
 from guard.evaluation.attack import BUDGETS, Attack, bound
+from guard.evaluation.carlini_wagner import INSIDE
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
 from guard.runtime import Measurement, score_of
 
@@ -545,21 +546,22 @@ def evasive_carlini_wagner(
     what the detector measures.
 
     min ||x' - x||² + c (max(0, -M_a) + max(0, log s / t)), a the most probable wrong class, s / t the worst
-    test over its threshold, by Adam on x' = (1 + tanh w) / 2; c by `searches` of a bisection per image.
-    LIPGEN penalizes ||∇l||² of a loss it does not name. The logarithm has the same direction and works for
-    every score; its gradient gets the length of the margin's, for beside the boundary it has no bound.
+    test over its threshold, by Adam on x' = (1 + tanh w / 0.97) / 2, clipped, as in `carlini_wagner`; c by
+    `searches` of a bisection per image. LIPGEN penalizes ||∇l||² of a loss it does not name. The logarithm
+    has the same direction and works for every score; its gradient gets the length of the margin's, for beside
+    the boundary it has no bound.
     """
     del seed  # nothing here is drawn
     kept = Kept.of(images)
     count = len(images)
     low, high, c = np.zeros(count), np.full(count, np.inf), np.full(count, 0.05)
-    origin = np.arctanh(np.clip(2 * images.astype(np.float64) - 1, -0.9999, 0.9999))
+    origin = np.arctanh((2 * images.astype(np.float64) - 1) * INSIDE)
     rows = np.arange(count)
     for _ in range(searches if count else 0):
         w, first, second = origin.copy(), np.zeros_like(origin), np.zeros_like(origin)
         hit = np.zeros(count, np.bool_)
         for step in range(1, steps + 1):
-            points = np.asarray((1 + np.tanh(w)) / 2, np.float32)
+            points = np.clip((1 + np.tanh(w) / INSIDE) / 2, 0.0, 1.0).astype(np.float32)
             judged = judge(target, points, labels, score)
             kept.charge(rows, JUDGED)
             hit |= judged.success
@@ -577,7 +579,7 @@ def evasive_carlini_wagner(
                 down = steepest(descent(target.model, points, judged, failing), "l2")
                 loss[failing] -= down * column(length(up[failing], "l2"))
             slope = 2.0 * (points - images) + c.reshape(-1, 1, 1, 1) * loss
-            slope *= (1 - np.tanh(w) ** 2) / 2
+            slope *= (1 - np.tanh(w) ** 2) / (2 * INSIDE)
             first = 0.9 * first + 0.1 * slope
             second = 0.999 * second + 0.001 * slope**2
             w -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
