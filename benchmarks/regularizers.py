@@ -348,9 +348,7 @@ def mean_radii(
     model: Model, test: Dataset, fold: NDArray[np.int64], report: NDArray[np.int64]
 ) -> dict[str, float]:
     """Mean l2 omega- and L-radius of the report images, on the logit margin, both fitted on `fold`."""
-    effort = replace(
-        fitting.Effort(), omega_images=len(fold), bin_images=len(fold), bin_blocks=25, kept=0.5
-    )
+    effort = replace(fitting.Effort(), omega_images=len(fold), bin_images=len(fold), bin_blocks=25, kept=0.5)
     images = to_floats(test.images[fold])
     screened = [
         fitting.screen(model, images[rows], "l2", effort, np.random.default_rng([0, int(rows[0])]))
