@@ -86,7 +86,7 @@ def contenders(
 
     def per_class(x: np.ndarray[Any, Any]) -> None:
         for row in np.eye(classes, dtype=np.float32):
-            vjp.run(None, {"images": x, "cotangents": np.tile(row, (len(x), 1))})
+            vjp.run(["gradient"], {"images": x, "cotangents": np.tile(row, (len(x), 1))})
 
     def jacrev(x: np.ndarray[Any, Any]) -> None:
         one = torch.func.jacrev(lambda image: torch.softmax(net(image[None])[0], 0))

@@ -464,7 +464,7 @@ def test_exports_wraps_and_is_guarded(case: str, tmp_path: Path, monkeypatch: py
     longest = np.take_along_axis(lengths, top, 1).max(1)
     first = top[:, -1]
     cotangents = np.eye(logits.shape[1], dtype=np.float32)[first] - probabilities
-    (gradients,) = vjp.run(None, {"images": images, "cotangents": cotangents})
+    (gradients,) = vjp.run(["gradient"], {"images": images, "cotangents": cotangents})
     chosen = rows[np.arange(len(images)), first]
     found = gradients * probabilities[np.arange(len(images)), first].reshape(-1, 1, 1, 1)
     errors = np.sqrt(((found - chosen) ** 2).sum((1, 2, 3))) / lengths[np.arange(len(images)), first]

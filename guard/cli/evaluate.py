@@ -52,7 +52,7 @@ gradients and an audit of the radii follow. Read RESULTS with guard report.
 A run that was stopped goes on when the same command is given again; attacks
 added later leave finished ones as they are. Groups of attacks (guard
 evaluate --attacks list shows every attack and its cost):
-  default       noise, FGSM, PGD, deep PGD, APGD, FMN, joint PGD, high confidence, denial
+  default       noise, FGSM, PGD, APGD, FMN, joint PGD, transfer, denial
   gradient      the strongest image within a budget, by gradients
   minimum-norm  the nearest wrong image, by gradients
   decision      black box: by queries of labels or scores

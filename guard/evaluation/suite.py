@@ -44,7 +44,7 @@ Group = Literal[
 ]
 
 GROUPS: dict[Group, str] = {
-    "default": "noise, FGSM, PGD, deep PGD, APGD, FMN, joint PGD, high confidence, denial",
+    "default": "noise, FGSM, PGD, APGD, FMN, joint PGD, transfer, denial",
     "gradient": "the strongest image within a budget, by gradients",
     "minimum-norm": "the nearest wrong image, by gradients",
     "decision": "black box: by queries of labels or scores",
