@@ -21,6 +21,7 @@ DEFAULT = (
     "fgsm",
     "pgd",
     "pgd-deep",
+    "apgd-ce",
     "apgd-margin",
     "fmn",
     "high-confidence",
