@@ -26,7 +26,7 @@ from guard import data, extremes, statistics
 from guard.attacks import Norm
 from guard.bundle import Calibration, ExtremeFit
 from guard.certificate import OmegaTable, effective_slope, omega_radius
-from guard.decision import Guard
+from guard.decision import NORMS, Guard, table_of
 from guard.evaluation import audit
 from guard.evaluation.target import Target
 from guard.progress import Progress
@@ -36,7 +36,6 @@ Values = NDArray[np.float64]
 
 PIECE = 50
 LEVELS = (0.003, 0.001, 0.0005, 0.0003, 0.0002, 0.0001)
-NORMS: tuple[Norm, Norm] = ("l2", "linf")
 
 
 def main() -> None:
@@ -109,16 +108,8 @@ def distances(guard: Guard, images: NDArray[np.float32], norm: Norm, cache: Path
 def table(calibration: Calibration, norm: Norm, level: float) -> OmegaTable:
     """The served table, its fits read where a share `level` of images is to exceed omega."""
     record = calibration.radii(norm)
-    served = OmegaTable(
-        eps=np.array(record.omega.eps),
-        values=np.array(record.omega.values),
-        reach=np.array(record.omega.reach),
-        edges=np.array(record.omega.edges),
-        conditioned_on=record.omega.conditioned_on,
-        relative=record.omega.relative,
-    )
     values = np.array([[read(fit, level) for fit in row] for row in record.omega_fits])
-    return replace(served, values=np.maximum.accumulate(values, axis=1))
+    return replace(table_of(record.omega), values=np.maximum.accumulate(values, axis=1))
 
 
 def read(fit: ExtremeFit, level: float) -> float:

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import (
     Subparsers,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from guard.evaluation.results import Results, Standing
     from guard.evaluation.run import Settings
 
-_SCORES = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
+_SCORES: "tuple[ScoreName, ...]" = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
 _IMAGES = "1000,500,200"
 _QUICK_IMAGES = 100
 _WIDTH = 80
@@ -204,10 +204,7 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
 
 
 def _scores(arguments: argparse.Namespace) -> "tuple[ScoreName, ...]":
-    from guard.bundle import ScoreName
-
-    every: tuple[ScoreName, ...] = get_args(ScoreName)
-    return every if "all" in arguments.scores else tuple(arguments.scores)
+    return _SCORES if "all" in arguments.scores else tuple(arguments.scores)
 
 
 def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") -> "list[Task]":
