@@ -216,6 +216,7 @@ def radii(count: int = 60) -> list[RadiusAudit]:
             mean_radius=mean,
             mean_distance=distance,
             tightness=mean / distance,
+            tightness_error=0.01,
             alpha=alpha,
         )
         for norm, kind, method, served, broken, mean, distance, alpha in entries

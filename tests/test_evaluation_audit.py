@@ -62,6 +62,8 @@ def test_counts_means_and_bound_by_hand() -> None:
     assert found.violations.upper == pytest.approx(0.9024, abs=1e-4)
     assert (found.mean_radius, found.mean_distance) == (1.5, 1.25), "over the first two"
     assert found.tightness == pytest.approx(1.2)
+    # Residuals of the ratio: 1 - 1.2 and 2 - 1.8, of standard deviation 0.2 sqrt 2.
+    assert found.tightness_error == pytest.approx(0.2 * 2**0.5 / 2**0.5 / 1.25)
 
 
 def test_no_attack_at_all() -> None:

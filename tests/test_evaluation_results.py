@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from guard.errors import DataError
-from guard.evaluation.results import auroc, load, load_arrays, share, summary
+from guard.evaluation.results import auroc, auroc_interval, load, load_arrays, share, summary
 
 
 def test_share_has_an_exact_interval() -> None:
@@ -48,6 +48,24 @@ def test_the_interval_of_the_median_covers_it(n: int) -> None:
 )
 def test_auroc_counts_pairs(attacked: list[float], clean: list[float], expected: float) -> None:
     assert auroc(np.array(attacked), np.array(clean)) == expected
+
+
+@pytest.mark.parametrize(("apart", "attacked", "clean"), [(0.0, 40, 60), (1.5, 40, 60), (3.0, 200, 30)])
+def test_the_interval_of_the_auroc_covers_it(apart: float, attacked: int, clean: int) -> None:
+    generator, covered, runs = np.random.default_rng(0), 0, 400
+    area = 0.5 * math.erfc(-apart / 2)  # of two normal scores of unit variance
+    for _ in range(runs):
+        found = auroc(generator.normal(apart, 1, attacked), generator.normal(0, 1, clean))
+        lower, upper = auroc_interval(found, attacked, clean)
+        covered += lower <= area <= upper
+    assert 0.92 <= covered / runs <= 0.995
+
+
+def test_an_auroc_at_an_end_has_an_interval_too() -> None:
+    lower, upper = auroc_interval(1.0, 20, 30)
+    assert 0.85 < lower < 0.95
+    assert upper == 1.0
+    assert auroc_interval(0.0, 20, 30) == pytest.approx((0.0, 1 - lower))
 
 
 def test_a_folder_without_results_says_how_to_make_them(tmp_path: Path) -> None:

@@ -293,6 +293,17 @@ def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Pa
     assert results.standing == []
 
 
+def test_what_a_denial_makes_wrong_and_accepted_counts_too(other_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    idle = attack(partial(straight, moved=0.01), name="idle-l2", budgets=(2.5,))
+    denial = attack(name="denial-l2", aware="jacobian", budgets=(2.5,))
+    tasks = tasks_of([idle], [denial])
+    results = evaluate(other_folder, colours(), out, tasks, SETTINGS, provider="cpu", threads=1, silent=True)
+    (standing,) = results.standing
+    assert (standing.standing.count, standing.fallen) == (8, {"denial-l2": 4})
+    assert int((read(out).fallen("l2", "jacobian") > 2.5).sum()) == 8
+
+
 def test_there_is_no_headline_where_nothing_aimed(other_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     budgets: dict[str, tuple[float, ...]] = {"l2": (2.0, 3.0), "linf": (0.1,)}
@@ -462,6 +473,17 @@ def test_an_attack_that_cannot_take_the_model_is_left_out(
     assert not list(tmp_path.glob(".out*"))
     assert evaluated(other_folder, out).left_out == results.left_out, "what was refused before is still said"
     assert evaluated(other_folder, out, attack(name="refusing-l2"), attack()).left_out == []
+
+
+def test_an_attack_whose_package_is_not_installed_is_left_out(
+    other_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanting = attack(refusing, name="wanting-l2", needs="a_package_that_nobody_has")
+    results = evaluated(other_folder, tmp_path / "out", attack(), wanting)
+    (left_out,) = results.left_out
+    assert left_out.reason.startswith("needs a_package_that_nobody_has, which is not installed.")
+    assert caplog.text.count("wanting-l2 is left out") == 1
+    assert results.outstanding == []
 
 
 def test_the_only_attack_asked_for_says_why_it_cannot_run(other_folder: Path, tmp_path: Path) -> None:

@@ -209,8 +209,6 @@ def _scores(arguments: argparse.Namespace) -> "tuple[ScoreName, ...]":
 
 def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") -> "list[Task]":
     """What is to run; attacks that know a score are taken for the served one and those asked for."""
-    import logging
-
     from guard import bundle
     from guard.evaluation import suite
     from guard.evaluation.attack import tasks_of
@@ -224,11 +222,9 @@ def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") ->
         denials = []
     else:
         words = arguments.attacks or ["default"]
-        both, left_out = suite.choose(words, scores, (*everything, *denials))
+        both = suite.choose(words, scores, (*everything, *denials))
         chosen = [attack for attack in both if attack in everything]
         denials = [attack for attack in both if attack in denials]
-        for text in left_out:
-            logging.getLogger("guard").warning("left out: %s: pip install -e '.[attacks]'", text)
     budgets = settings.budgets if arguments.quick or arguments.budgets else {}
     return tasks_of(
         [suite.with_budgets(attack, budgets) for attack in chosen],
@@ -316,7 +312,7 @@ def summary(results: "Results", out: Path) -> str:
             if one.success is not None
         ]
     if results.left_out:
-        lines += ["", "left out, as they cannot take this model:"]
+        lines += ["", "left out:"]
         lines += [_cut(f"  {one.name}: {one.reason}") for one in results.left_out]
     if results.checks:
         failed = [check for check in results.checks if check.verdict == "failed"]
@@ -377,7 +373,7 @@ def _described(attack: "Attack") -> dict[str, Any]:
     names = ("name", "title", "norm", "budgets", "knowledge", "aware", "passes", "needs", "unit", "source")
     return {name: getattr(attack, name) for name in names} | {
         "groups": groups,
-        "installed": suite.installed(attack),
+        "installed": attack.installed,
     }
 
 
@@ -393,7 +389,7 @@ def _listing(attacks: "Sequence[Attack]") -> str:
         left = [attack for attack in left if attack not in members]
         lines += ["", f"{group}: {words}" if group != "all" else "others:"]
         for attack in members:
-            mark = " " if suite.installed(attack) else "*"
+            mark = " " if attack.installed else "*"
             lines.append(_cut(f"{attack.passes:8d}{mark} {attack.name:36s} {attack.title}"))
     return "\n".join(lines)
 

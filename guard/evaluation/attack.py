@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from guard.attacks import Floats, Found, Labels, Norm
@@ -49,6 +50,18 @@ class Attack:
     aware: ScoreName | None = None
     needs: str | None = None
     unit: str = "pixel values"
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs can be imported."""
+        return self.needs is None or find_spec(self.needs) is not None
+
+    @property
+    def wanting(self) -> str:
+        """What to do where it is not installed."""
+        return (
+            f"needs {self.needs}, which is not installed. In guard's folder, run: pip install -e '.[attacks]'"
+        )
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,14 @@ def radii(
 def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, served: bool) -> RadiusAudit:
     """The audit of one kind of radius: `values` (n,) against the nearest attack at `distance` (n,), n >= 1.
 
-    Violations have a one-sided 95% Clopper-Pearson bound (`upper`). The means are over images for which an
-    attack was found and the radius is finite.
+    Violations have a one-sided 95% Clopper-Pearson bound (`upper`). Means and tightness are over images for
+    which an attack was found and the radius is finite.
     """
     count, n = int((distance < values).sum()), len(values)
     usable = np.isfinite(distance) & np.isfinite(values)
     mean_radius = float(values[usable].mean()) if usable.any() else 0.0
     mean_distance = float(distance[usable].mean()) if usable.any() else 0.0
+    tightness = mean_radius / mean_distance if mean_distance else 0.0
     return RadiusAudit(
         norm=norm,
         kind=radius.kind,
@@ -89,7 +90,8 @@ def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, ser
         violations=Share(count=count, n=n, value=count / n, upper=statistics.clopper_pearson_upper(count, n)),
         mean_radius=mean_radius,
         mean_distance=mean_distance,
-        tightness=mean_radius / mean_distance if mean_distance else 0.0,
+        tightness=tightness,
+        tightness_error=_error_of_ratio(values[usable], distance[usable], tightness),
         alpha=radius.alpha,
     )
 
@@ -170,6 +172,13 @@ def random_omega(remainders: Arrays, effort: Effort = Effort()) -> OmegaTable:  
     """
     plan = fitting.layout(remainders["radius"], effort)
     return fitting.omega(plan, remainders["remainder"]).table
+
+
+def _error_of_ratio(values: Values, distance: Values, ratio: float) -> float:
+    """Standard error of mean(values) / mean(distance), of n pairs, by the delta method; 0 below two."""
+    if len(values) < 2 or not ratio:
+        return 0.0
+    return float((values - ratio * distance).std(ddof=1) / math.sqrt(len(values)) / distance.mean())
 
 
 def _accepted(guard: Guard, measurement: Measurement) -> Flags:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
+from scipy import optimize
 
 from guard import statistics
 from guard.attacks import Norm
@@ -77,10 +78,14 @@ class Summary(Record):
 
 
 class Detection(Record):
-    """How a score does on an attack's successes: the share rejected, and the AUROC against clean images."""
+    """How a score does on an attack's successes: the share rejected, and the AUROC against clean images with
+    its approximate 95% interval (`auroc_interval`).
+    """
 
     rejected: Share
     auroc: float
+    auroc_lower: float = 0.0
+    auroc_upper: float = 1.0
 
 
 class AttackResult(Record):
@@ -144,7 +149,7 @@ class Check(Record):
 
 class RadiusAudit(Record):
     """A radius under the union of all attacks: the share of images attacked strictly inside, and tightness
-    (mean radius over mean smallest distance that any attack found).
+    (mean radius over mean smallest distance that any attack found) with the standard error of that ratio.
     """
 
     norm: Norm
@@ -155,11 +160,12 @@ class RadiusAudit(Record):
     mean_radius: float
     mean_distance: float
     tightness: float
+    tightness_error: float = 0.0
     alpha: float | None = None
 
 
 class LeftOut(Record):
-    """An attack of the run that cannot take the model or its images, and the error that it raised."""
+    """An attack of the run that cannot take the model or its images, or whose package is not installed."""
 
     name: str
     reason: str
@@ -238,12 +244,38 @@ def summary(values: Values) -> Summary | None:
     )
 
 
+def detection(accepted: Flags, attacked: Values, clean: Values) -> Detection:
+    """How a score does on n >= 1 images: `accepted` (n,), and their scores (n,) against clean ones."""
+    found, rejected = auroc(attacked, clean), share(~accepted)
+    lower, upper = auroc_interval(found, len(attacked), len(clean))
+    return Detection(rejected=rejected, auroc=found, auroc_lower=lower, auroc_upper=upper)
+
+
 def auroc(attacked: Values, clean: Values) -> float:
     """Probability that an attacked image's score lies above a clean one's, ties counted half; NaN as inf."""
     scores = np.sort(np.where(np.isnan(clean), np.inf, clean))
     asked = np.where(np.isnan(attacked), np.inf, attacked)
     below, ties = np.searchsorted(scores, asked, "left"), np.searchsorted(scores, asked, "right")
     return float((below + ties).mean() / (2 * len(scores)))
+
+
+def auroc_interval(value: float, positives: int, negatives: int) -> tuple[float, float]:
+    """Approximate 95% confidence interval of the AUROC of two samples, n >= 1 each.
+
+    Its ends lie 1.96 standard errors off, by the variance that an area of their own size would have for
+    exponential scores (Hanley & McNeil 1982) of two samples of the mean size; so there is a width at 0 and 1
+    too. Source: Newcombe 2006, method 5.
+    """
+    others = (positives + negatives) / 2 - 1
+
+    def excess(area: float) -> float:
+        spread = area * (1 - area) * (1 + others * ((1 - area) / (2 - area) + area / (1 + area)))
+        return abs(area - value) - 1.96 * math.sqrt(spread / (positives * negatives))
+
+    inside = min(max(value, 1e-12), 1 - 1e-12)  # an area of 0 or 1 has no variance
+    lower = optimize.brentq(excess, 0.0, inside) if value > 0 else 0.0
+    upper = optimize.brentq(excess, inside, 1.0) if value < 1 else 1.0
+    return float(lower), float(upper)
 
 
 def load(folder: str | Path) -> Results:

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ from guard.evaluation.results import (
     LeftOut,
     RadiusAudit,
     Results,
-    auroc,
+    detection,
     load,
     load_arrays,
     share,
@@ -128,8 +128,8 @@ def evaluate(
     Images are those of the calibration's report fold where `dataset` is the data it was calibrated on, else
     all, with a warning; in an order that the seed fixes. What `out` holds of an earlier run with the same
     bundle, data, scores, images and seed is kept and not computed again. `twin` is the digest of the network
-    that attacks of transfer are made on. An attack that cannot take the model is left out with a warning,
-    unless no other is asked for.
+    that attacks of transfer are made on. An attack that cannot take the model, or whose package is not
+    installed, is left out with a warning; the first, unless no other is asked for.
 
     Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
     `UsageError` where `out` holds something else or another run is writing there, and for a task that knows a
@@ -204,14 +204,21 @@ class _Run:
         self._take_up()
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
+        self.finished = [
+            replace(one, result=one.result.model_copy(update={"detection": self._detection(one.arrays)}))
+            for one in self.finished
+        ]
         done = {(one.result.name, one.result.budget): one.result for one in (*self.finished, *self.denied)}
         asked = {(task.attack.name, task.budget): task for task in tasks}
         for key in asked.keys() & done.keys():
             self._compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
         self.alone = len({task.attack.name for task in tasks}) == 1
-        for task in left:
-            self.left_out.pop(task.attack.name, None)
+        for attack in {task.attack.name: task.attack for task in left}.values():
+            self.left_out.pop(attack.name, None)
+            if not attack.installed:
+                self._leave_out(attack, attack.wanting)
+        left = [task for task in left if task.attack.installed]
         total = sum(len(self._eligible(task)) * task.attack.passes for task in left) + self._last_passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
@@ -425,8 +432,7 @@ class _Run:
             except (UsageError, DataError) as error:  # it cannot take this model, or these images
                 if self.alone:
                     raise
-                log.warning("%s is left out: %s", attack.name, error)
-                self.left_out[attack.name] = str(error)
+                self._leave_out(attack, str(error))
                 progress.advance(len(rows) * attack.passes, attack.name)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
@@ -441,6 +447,10 @@ class _Run:
             result = self._result(task, arrays, seconds, details)
             _save(self.out / result.file, arrays)
             (self.denied if task.denial else self.finished).append(Finished(result, arrays))
+
+    def _leave_out(self, attack: Attack, reason: str) -> None:
+        log.warning("%s is left out: %s", attack.name, reason)
+        self.left_out[attack.name] = reason
 
     def _spared(self, task: Task) -> Arrays:
         """The arrays of an attack that no image is left to."""
@@ -468,14 +478,7 @@ class _Run:
             distance=summary(arrays["distance"]) if task.budget is None else None,
             passes=float(arrays["passes"].mean()) if len(success) else 0.0,
             seconds=seconds,
-            detection={
-                score: Detection(
-                    rejected=share(~arrays[f"accepted_{score}"][success]),
-                    auroc=auroc(arrays[f"ratio_{score}"][success], self.clean[f"ratio_{score}"]),
-                )
-                for score in self.scores
-                if success.any() and not task.denial
-            },
+            detection={} if task.denial else self._detection(arrays),
             false_alarms={
                 score: share(~arrays[f"accepted_{score}"][right])
                 for score in self.scores
@@ -483,6 +486,19 @@ class _Run:
             },
             file=f"{ATTACKS_FOLDER}/{task.name}.npz",
         )
+
+    def _detection(self, arrays: Arrays) -> dict[ScoreName, Detection]:
+        """How every score does on an attack's successes; empty where there are none."""
+        success = arrays["success"]
+        return {
+            score: detection(
+                arrays[f"accepted_{score}"][success],
+                arrays[f"ratio_{score}"][success],
+                self.clean[f"ratio_{score}"],
+            )
+            for score in self.scores
+            if success.any()
+        }
 
     # --- what is looked at once all attacks have run
 
@@ -552,7 +568,7 @@ class _Run:
     def _nearest(self, norm: Norm) -> Values:
         """Smallest distance (N,) at which any attack made an image wrong; inf: none."""
         nearest = np.full(len(self.index), np.inf)
-        for one in self.finished:
+        for one in (*self.finished, *self.denied):
             reach = np.where(one.arrays["wrong"], one.arrays[norm], np.inf)
             np.minimum.at(nearest, one.arrays["row"], reach)
         return nearest
@@ -666,7 +682,7 @@ class _Run:
             rejected={score: share(~clean[f"accepted_{score}"]) for score in self.scores},
             jacobian=jacobian,
             attacks=[one.result for one in self.finished],
-            standing=standing.standings(self.finished, clean, self.scores, budgets),
+            standing=standing.standings((*self.finished, *self.denied), clean, self.scores, budgets),
             over_rejection=[one.result for one in self.denied],
             outstanding=list(dict.fromkeys(outstanding)),
             left_out=[LeftOut(name=name, reason=reason) for name, reason in self.left_out.items()],

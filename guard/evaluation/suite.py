@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Literal
 
 from guard.attacks import Norm
@@ -112,42 +111,32 @@ def choose(
     words: Sequence[str],
     scores: Sequence[ScoreName],
     attacks: Sequence[Attack],
-) -> tuple[list[Attack], list[str]]:
-    """The attacks that names and groups mean, in the order of `attacks`, and what is left out of the groups
-    for want of a package.
+) -> list[Attack]:
+    """The attacks that names and groups mean, in the order of `attacks`; of groups, also those whose package
+    is not installed.
 
     An attack that knows the detector is taken for the `scores` at hand alone; its name may leave the score
     out. Raises `UsageError` for a name that nothing has, naming those near it, for an attack asked for by
-    name whose package is not installed, and where nothing is left.
+    name whose package is not installed, and where no attack is.
     """
     usable = [attack for attack in attacks if attack.aware is None or attack.aware in scores]
     taken: set[str] = set()
-    left_out: dict[str, str] = {}
     for word in words:
+        members = [attack for attack in usable if word in (attack.name, common_name(attack))]
         if word in GROUPS:
             members = [attack for attack in usable if belongs(attack, word)]
-            for attack in members:
-                if installed(attack):
-                    taken.add(attack.name)
-                else:
-                    left_out[attack.name] = f"{attack.name} (needs {attack.needs})"
-            continue
-        members = [attack for attack in usable if word in (attack.name, common_name(attack))]
-        if not members:
+        elif not members:
             raise UsageError(_unknown(word, attacks, scores))
-        for attack in members:
-            if not installed(attack):
-                raise UsageError(
-                    f"the attack {word} needs {attack.needs}, which is not installed. In guard's folder, "
-                    "run: pip install -e '.[attacks]'"
-                )
+        elif not members[0].installed:
+            raise UsageError(f"the attack {word} {members[0].wanting}")
         taken |= {attack.name for attack in members}
     chosen = [attack for attack in usable if attack.name in taken]
-    if not chosen:
+    if not any(attack.installed for attack in chosen):
+        reasons = [f"{attack.name} {attack.wanting}" for attack in chosen]
         raise UsageError(
-            f"no attack of {', '.join(words)} can be run: {', '.join(left_out.values()) or 'none'}."
+            f"no attack of {', '.join(words)} can be run: {'; '.join(reasons) or 'none is one'}."
         )
-    return chosen, list(left_out.values())
+    return chosen
 
 
 def quick(scores: Sequence[ScoreName], attacks: Sequence[Attack]) -> list[Attack]:
@@ -161,11 +150,6 @@ def with_budgets(attack: Attack, budgets: Mapping[Norm, tuple[float, ...]]) -> A
     if attack.budgets is None or attack.norm is None or attack.norm not in budgets:
         return attack
     return replace(attack, budgets=budgets[attack.norm])
-
-
-def installed(attack: Attack) -> bool:
-    """Whether what the attack needs can be imported."""
-    return attack.needs is None or find_spec(attack.needs) is not None
 
 
 def _unknown(word: str, attacks: Sequence[Attack], scores: Sequence[ScoreName]) -> str:

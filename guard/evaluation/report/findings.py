@@ -63,9 +63,9 @@ def not_run(evaluation: Evaluation) -> list[str]:
 
 
 def left_out(evaluation: Evaluation) -> str:
-    """The attacks that were asked for and cannot take this model, each with its reason; empty: none."""
+    """The attacks that were asked for and could not be run, each with its reason; empty: none."""
     refused = [f"{one.name} ({one.reason})" for one in evaluation.results.left_out]
-    return f"Left out, as they cannot take this model: {'; '.join(refused)}" if refused else ""
+    return f"Asked for and left out: {'; '.join(refused)}" if refused else ""
 
 
 def knowing(evaluation: Evaluation, score: ScoreName) -> list[str]:
@@ -117,6 +117,15 @@ def headline(evaluation: Evaluation) -> list[str]:
             "only: elsewhere a knowing attacker will leave less standing."
         )
     return said
+
+
+def leading(evaluation: Evaluation) -> list[Standing]:
+    """What stands by the served score at the smallest budget of every norm."""
+    first: dict[str, Standing] = {}
+    for one in sorted(evaluation.results.standing, key=lambda standing: standing.budget):
+        if one.score == evaluation.results.served:
+            first.setdefault(one.norm, one)
+    return [first[norm] for norm in sorted(first)]
 
 
 def _norms_known(evaluation: Evaluation, score: ScoreName) -> set[str]:

@@ -42,7 +42,7 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
                 words.radius(one) + (", served" if one.served else ""),
                 words.number(one.mean_radius),
                 words.number(one.mean_distance),
-                f"{one.tightness:.2f}",
+                words.tightness(one),
                 words.violations(one),
             ]
             for one in results.radii
@@ -120,10 +120,7 @@ def _detection(evaluation: Evaluation) -> Iterable[list[str]]:
     for one in evaluation.results.attacks:
         found = [one.detection.get(score) for score in evaluation.results.scores]
         if any(found):
-            cells = [
-                words.MISSING if each is None else f"{words.share(each.rejected)}; {each.auroc:.3f}"
-                for each in found
-            ]
+            cells = [words.detection(each) for each in found]
             yield [words.attack(one) + (f" (knows {one.aware})" if one.aware else ""), *cells]
 
 

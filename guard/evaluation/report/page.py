@@ -131,7 +131,11 @@ def _cards(both: Sequence[Evaluation]) -> str:
     for evaluation in both:
         results = evaluation.results
         of = f"{findings.name(evaluation)}: " if len(both) > 1 else ""
-        cards = [(f"{of}clean accuracy", results.accuracy)]
+        cards = [
+            (f"{of}right and accepted under attack in {words.at(one.budget, one.norm)}", one.standing)
+            for one in findings.leading(evaluation)
+        ]
+        cards.append((f"{of}clean accuracy", results.accuracy))
         cards += [
             (f"{of}clean images rejected by {score}{', served' if score == results.served else ''}", found)
             for score, found in results.rejected.items()
@@ -239,7 +243,7 @@ def _radii(both: Sequence[Evaluation]) -> str:
                     words.violations(one),
                     words.number(one.mean_radius),
                     words.number(one.mean_distance),
-                    f"{one.tightness:.2f}",
+                    words.tightness(one),
                 ]
             )
     if not rows:
@@ -315,15 +319,10 @@ def _detection(both: Sequence[Evaluation]) -> str:
         scores = evaluation.results.scores
         rows = []
         for one in evaluation.results.attacks:
-            cells = []
-            for score in scores:
-                found = one.detection.get(score)
-                text = words.MISSING if found is None else f"{words.share(found.rejected)}; {found.auroc:.3f}"
-                cells.append(text)
             if one.detection:
-                rows.append(
-                    [words.attack(one), f"evades {one.aware}" if one.aware else "no detector", *cells]
-                )
+                knows = f"evades {one.aware}" if one.aware else "no detector"
+                cells = [words.detection(one.detection.get(score)) for score in scores]
+                rows.append([words.attack(one), knows, *cells])
         head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
         parts.append(_from([evaluation]))
         parts.append(_table(f"Detection, {findings.name(evaluation)}", head, rows))
@@ -414,7 +413,13 @@ def _methods(evaluation: Evaluation) -> str:
                 "accepted. Detection of attacks that do not is reported apart and says little."
             ),
         ),
-        ("Intervals", "Of shares: Clopper-Pearson, exact. Of medians: order statistics. Of means: 1.96 s.e."),
+        (
+            "Intervals",
+            (
+                "Of shares: Clopper-Pearson, exact. Of medians: order statistics. Of means and their ratios: "
+                "1.96 standard errors. Of AUROC: Newcombe's method 5 (2006), approximate."
+            ),
+        ),
         (
             "Kinds of radius",
             ". ".join(f"{kind}: {meaning}" for kind, meaning in words.KINDS.items())

@@ -1,6 +1,6 @@
 """A results folder as `guard evaluate` leaves it, checked, and what follows from its arrays."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +84,8 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A results folder in memory; `attacks` are in the order of `results.attacks`.
+    """A results folder in memory; `attacks` are in the order of `results.attacks`, `denials` in that of
+    `results.over_rejection`.
 
     `aimed` holds by norm the smallest distances (N,) of the attacks aimed at radii, inf where none succeeded;
     a run that was stopped before has none.
@@ -94,6 +95,7 @@ class Evaluation:
     results: Results
     clean: Arrays
     attacks: tuple[Attacked, ...]
+    denials: tuple[Attacked, ...] = ()
     aimed: Mapping[Norm, Values] = field(default_factory=dict)
 
     @cached_property
@@ -139,7 +141,7 @@ class Evaluation:
     def _smallest(self, norm: Norm, score: ScoreName | None) -> Values:
         lost = ~self.right if score is None else ~(self.right & self.accepted(score))
         smallest = np.where(lost, 0.0, np.inf)
-        for attack in self.attacks:
+        for attack in (*self.attacks, *self.denials):
             lengths = attack.lengths(norm)
             if score is not None:
                 lengths = np.where(attack.accepted(score), lengths, np.inf)
@@ -215,20 +217,24 @@ def read(folder: Path) -> Evaluation:
             f"{folder / CLEAN_FILE}: holds {count} images, {path} speaks of {results.images}. They belong to "
             "different runs; run guard evaluate again."
         )
+    attacks = tuple(_attacked(folder, result, clean, judged) for result in results.attacks)
+    denials = tuple(_attacked(folder, result, clean, judged) for result in results.over_rejection)
+    return Evaluation(folder, results, clean, attacks, denials, _aimed(folder, count))
+
+
+def _attacked(folder: Path, result: AttackResult, clean: Arrays, judged: Sequence[str]) -> Attacked:
+    """One attack with its arrays; raises `DataError` where they are not those of the results."""
+    arrays, count = load_arrays(folder / result.file, (*ARRAYS, *judged)), len(clean["label"])
+    rows = arrays["row"]
+    if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
+        raise DataError(
+            f"{folder / result.file}: its rows are not the {result.n} of {count} images that "
+            f"{folder / RESULTS} speaks of. They belong to different runs; run guard evaluate again."
+        )
     right = clean["logits"].argmax(axis=1) == clean["label"]
-    attacks = []
-    for result in results.attacks:
-        arrays = load_arrays(folder / result.file, (*ARRAYS, *judged))
-        rows = arrays["row"]
-        if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
-            raise DataError(
-                f"{folder / result.file}: its rows are not the {result.n} of {count} images that {path} "
-                "speaks of. They belong to different runs; run guard evaluate again."
-            )
-        judged_by = f"accepted_{result.aware}"
-        eligible = right & clean[judged_by] if judged_by in clean else right
-        attacks.append(Attacked(result, arrays, _considered(rows, eligible, result)))
-    return Evaluation(folder, results, clean, tuple(attacks), _aimed(folder, count))
+    judged_by = f"accepted_{result.aware}"
+    eligible = right & clean[judged_by] if judged_by in clean else right
+    return Attacked(result, arrays, _considered(rows, eligible, result))
 
 
 def _aimed(folder: Path, count: int) -> dict[Norm, Values]:

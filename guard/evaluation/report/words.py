@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from guard.bundle import Share
 from guard.evaluation.report.reading import Attacked
-from guard.evaluation.results import AttackResult, RadiusAudit, Standing, Summary
+from guard.evaluation.results import AttackResult, Detection, RadiusAudit, Standing, Summary
 
 MISSING = "–"
 
@@ -113,6 +113,19 @@ def radius(audit: RadiusAudit) -> str:
     """A radius by norm, method and kind; conformal and probabilistic ones with their alpha."""
     alpha = "" if audit.alpha is None else f", alpha = {audit.alpha:g}"
     return f"{audit.norm} {audit.method} ({audit.kind}{alpha})"
+
+
+def detection(found: Detection | None) -> str:
+    """The share rejected, and the AUROC with its interval."""
+    if found is None:
+        return MISSING
+    ends = f"{found.auroc_lower:.3f}, {found.auroc_upper:.3f}"
+    return f"{share(found.rejected)}; {found.auroc:.3f} [{ends}]"
+
+
+def tightness(audit: RadiusAudit) -> str:
+    """Mean radius over mean distance with its 95% interval."""
+    return f"{audit.tightness:.2f} ± {1.96 * audit.tightness_error:.2g}"
 
 
 def duration(seconds: float) -> str:
