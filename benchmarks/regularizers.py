@@ -29,10 +29,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.shipped_bundle import percent, share, summary
 from guard import attacks, data, fitting
+from guard.bundle import Share
 from guard.certificate import l_bound, omega_radius
 from guard.data import Dataset, folds, to_floats
+from guard.evaluation.report import words
+from guard.evaluation.results import share, summary
 from guard.evaluation.torch_models import TorchModel
 from guard.export import to_onnx
 from guard.files import write_text
@@ -292,10 +294,10 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
         entry = {
             "regularizers": row.regularizers,
             "paper": row.paper,
-            "accuracy": share(right),
-            "mean_jacobian_norm": summary(jacobian),
+            "accuracy": share(right).model_dump(),
+            "mean_jacobian_norm": dumped(jacobian),
             "largest_jacobian_norm": float(jacobian.max()),
-            "mean_loss_gradient": summary(slopes),
+            "mean_loss_gradient": dumped(slopes),
             "largest_loss_gradient": float(slopes.max()),
             "train_seconds": epochs[-1]["seconds"],
             "train_accuracy": epochs[-1].get("train_accuracy"),
@@ -313,7 +315,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
                 standing[rows] &= ~attacks.pgd(
                     model, images[rows], truth[rows], eps, norm=norm, restarts=1, clip=True
                 ).success
-            entry["robust_accuracy"][f"{norm} {name}"] = share(standing)
+            entry["robust_accuracy"][f"{norm} {name}"] = share(standing).model_dump()
             progress.advance(1, f"PGD {norm} {name}")
         entry["distance"] = {}
         for norm in ("l2", "linf"):
@@ -321,7 +323,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
                 attacks.minimum_norm(model, images[rows], truth[rows], norm=norm, clip=True).distance
                 for rows in pieces(np.flatnonzero(kept))
             ]
-            entry["distance"][norm] = summary(np.concatenate(found))
+            entry["distance"][norm] = dumped(np.concatenate(found))
             progress.advance(1, f"minimum norm {norm}")
     entry["measure_seconds"] = time.perf_counter() - begun
     return entry
@@ -376,6 +378,14 @@ def mean_radii(
     }
 
 
+def dumped(values: Values) -> dict[str, float]:
+    """`summary` of values (n,), of which two or more are finite."""
+    found = summary(values)
+    if found is None:
+        raise ValueError(f"fewer than two of {len(values)} values are finite")
+    return found.model_dump()
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The tables."""
     entries: dict[str, dict[str, Any]] = {
@@ -406,7 +416,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name, entry in entries.items():
         radii, distance = entry["radii"], entry["distance"]
         lines.append(
-            f"| {name} | `{' '.join(entry['regularizers'])}` | {percent(entry['accuracy'])} "
+            f"| {name} | `{' '.join(entry['regularizers'])}` | {words.share(Share(**entry['accuracy']))} "
             f"| {entry['mean_jacobian_norm']['mean']:.3f}, {entry['largest_jacobian_norm']:.2f} "
             f"| {entry['mean_loss_gradient']['mean']:.2f}, {entry['largest_loss_gradient']:.1f} "
             f"| {radii['lipschitz_l2']:.3f}, {radii['omega_l2']:.3f} "
@@ -421,7 +431,7 @@ def markdown(result: dict[str, Any]) -> str:
         if rows:
             lines += ["", f"| row | {' | '.join(names)} | in the papers |", f"|{(len(names) + 2) * '---|'}"]
         for name, entry in rows.items():
-            cells = [percent(share) for share in entry["robust_accuracy"].values()]
+            cells = [words.share(Share(**found)) for found in entry["robust_accuracy"].values()]
             lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
     lines += [
         "",
