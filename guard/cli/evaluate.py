@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guard.attacks import Norm
-    from guard.bundle import ScoreName, Share
+    from guard.bundle import Bundle, ScoreName, Share
     from guard.evaluation.attack import Attack, Task
     from guard.evaluation.results import Results, Standing
     from guard.evaluation.run import Settings
@@ -141,18 +141,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick and arguments.attacks:
         raise UsageError("--quick has a suite of its own: leave out --attacks, or --quick.")
     folder = chosen_bundle(arguments)
-    dataset = held_out(arguments, bundle.load(folder).manifest)
+    found = bundle.load(folder)
+    twin = None if arguments.twin is None else bundle.load(arguments.twin)
+    dataset = held_out(arguments, found.manifest)
     settings = _settings(arguments)
     try:
         results = evaluate(
             folder,
             dataset,
             arguments.out,
-            _tasks(arguments, folder, settings),
+            _tasks(arguments, found, twin, settings),
             settings,
             provider=arguments.provider,
             threads=arguments.threads,
-            twin=_twin_digest(arguments.twin),
+            twin=None if twin is None else twin.digest,
             command=_command(arguments),
             arguments=arguments_of(arguments),
         )
@@ -207,15 +209,19 @@ def _scores(arguments: argparse.Namespace) -> "tuple[ScoreName, ...]":
     return _SCORES if "all" in arguments.scores else tuple(arguments.scores)
 
 
-def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") -> "list[Task]":
+def _tasks(
+    arguments: argparse.Namespace, found: "Bundle", twin: "Bundle | None", settings: "Settings"
+) -> "list[Task]":
     """What is to run; attacks that know a score are taken for the served one and those asked for."""
-    from guard import bundle
     from guard.evaluation import suite
     from guard.evaluation.attack import tasks_of
+    from guard.runtime import Detector
 
-    served = bundle.load(folder).calibrated().score
-    scores = (served, *settings.scores)
-    everything = suite.known(_twin(arguments.twin, arguments))
+    scores = (found.calibrated().score, *settings.scores)
+    other = None
+    if twin is not None:
+        other = Detector(twin.model, provider=arguments.provider, threads=arguments.threads)
+    everything = suite.known(other)
     denials = [attack for attack in suite.over_rejection() if attack.aware is None or attack.aware in scores]
     if arguments.quick:
         chosen = suite.quick(scores, everything)
@@ -230,21 +236,6 @@ def _tasks(arguments: argparse.Namespace, folder: Path, settings: "Settings") ->
         [suite.with_budgets(attack, budgets) for attack in chosen],
         [suite.with_budgets(attack, budgets) for attack in denials],
     )
-
-
-def _twin(path: Path | None, arguments: argparse.Namespace) -> Any:
-    from guard import bundle
-    from guard.runtime import Detector
-
-    if path is None:
-        return None
-    return Detector(bundle.load(path).model, provider=arguments.provider, threads=arguments.threads)
-
-
-def _twin_digest(path: Path | None) -> str | None:
-    from guard import bundle
-
-    return None if path is None else bundle.load(path).digest
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -395,7 +395,8 @@ def _methods(evaluation: Evaluation) -> str:
             "Budgets and distances",
             (
                 "Lengths of the perturbation in pixels of the model's input, which lie in [0, 1], as those "
-                "of attacked images do."
+                "of attacked images do. These are not rounded to 256 levels, which grants the attacker more "
+                "than a file would; attacks over HTTP send files."
             ),
         ),
         (
