@@ -15,6 +15,8 @@ def test_dear_attacks_on_the_detector_spare_images() -> None:
     dear = attack(aware="jacobian", passes=SPARING)
     assert Task(dear, 2.0).skips
     assert Task(attack(aware="jacobian", knowledge="decisions"), 2.0).skips
+    assert Task(attack(aware="jacobian", knowledge="another network"), 2.0).skips
+    assert not Task(attack(knowledge="another network"), 2.0).skips
     assert not Task(dear, None).skips
     assert not Task(dear, 2.0, denial=True).skips
     assert not Task(attack(aware="jacobian", passes=SPARING - 1), 2.0).skips
