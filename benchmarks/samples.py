@@ -56,7 +56,10 @@ def main() -> None:
             kind, attack = "near", "Minimum-norm attack"
             result = attacks.minimum_norm(detector, image, labels, norm="l2", clip=True)
         else:
-            kind, attack = "deep", f"Attack that maximizes the loss within l2 distance {BUDGET:g}"
+            kind, attack = (
+                "deep",
+                f"Attack that maximizes the loss within l2 distance {BUDGET:g}, in 8-bit pixels,",
+            )
             result = attacks.pgd(detector, image, labels, BUDGET, norm="l2", steps=50, clip=True, stop=False)
         pixels = rounded(detector, image, result.images, int(labels[0]))
         if pixels is None:

@@ -34,7 +34,7 @@ SECOND_LOOK = 0.15
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard calibration searches. The defaults keep omega within 5% of that of twice the effort.
+    """How hard calibration searches.
 
     `omega_images` are split into bins of at least `bin_images`, each of `bin_blocks` blocks. All are screened
     at one radius from every start with half the steps; the `kept` share with the largest remainders of each

@@ -15,6 +15,7 @@ _ERRORS = {
     "415": "Not a PNG, JPEG, WebP or BMP image, or not the type it was declared as.",
     "422": "No image, several images, or one that is empty, damaged, animated or too long and thin.",
     "429": "More uploads at once than the server takes.",
+    "500": "A mistake of the server.",
     "503": "Not ready.",
     "504": "No answer in time.",
 }

@@ -24,7 +24,8 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         description="""\
 Classify images offline: one row each, with the answer that POST /classify
-gives and the image's path (or its index in an array).
+gives and the image's path (or its index in an array). Radii are estimates or
+conformal, as their kind says; neither is a proof.
 
 An image that cannot be read gives a row with an error; the others are still
 classified, and the exit status is 1. With --out the file appears when all is

@@ -52,7 +52,8 @@ gradients and an audit of the radii follow. Read RESULTS with guard report.
 A run that was stopped goes on when the same command is given again; attacks
 added later leave finished ones as they are. Groups of attacks (guard
 evaluate --attacks list shows every attack and its cost):
-  default       noise, FGSM, PGD, APGD, FMN, joint PGD, transfer, denial
+  default       noise, FGSM, PGD, APGD, FMN, high confidence, joint PGD, denial;
+                with --twin transfer
   gradient      the strongest image within a budget, by gradients
   minimum-norm  the nearest wrong image, by gradients
   decision      black box: by queries of labels or scores
@@ -64,8 +65,8 @@ evaluate --attacks list shows every attack and its cost):
         example="""\
 guard evaluate --val cifar10 --quick --out results/quick
 guard evaluate models/mine --val photos/ --out results/mine
-guard evaluate --val cifar10 --attacks pgd-linf adaptive --scores all \\
-  --budgets linf=2/255,8/255 --out results/linf
+guard evaluate models/mine --val photos/ --attacks pgd-linf adaptive \\
+  --scores all --budgets linf=2/255,8/255 --out results/linf
 guard evaluate --attacks list""",
     )
     add_bundle(parser)
@@ -78,7 +79,7 @@ guard evaluate --attacks list""",
         "--attacks",
         nargs="+",
         metavar="A",
-        help="names or groups (default: default); list: show them all",
+        help="names or groups (default: default); list: show them (but those of --twin)",
     )
     parser.add_argument(
         "--budgets",

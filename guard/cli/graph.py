@@ -30,8 +30,9 @@ gradient norms and the Jacobian norm of each image. What the calibration says
 of them stands in the file's metadata, under `guard.`.
 
 But for jacobian-full, which takes at most 32 classes, the norm is that of the
-two most probable classes' rows; row i can exceed a threshold only where
-probability i times `guard.row_bound` does.""",
+two most probable classes' rows; as far as the fitted `guard.row_bound` (an
+estimate) holds, row i can exceed a threshold only where probability i times it
+does.""",
         example="""\
 guard graph --out cifar10-guarded.onnx
 guard graph models/resnet50 --out guarded.onnx --score radius --provider cuda""",

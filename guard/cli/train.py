@@ -167,7 +167,7 @@ guard export runs/tulip --out models/tulip""",
         action=argparse.BooleanOptionalAction,
         help="mirror half of them (default: yes, but not for mnist)",
     )
-    images.add_argument("--cutout", type=int, metavar="N", help="paint a square of N pixels (default: 8)")
+    images.add_argument("--cutout", type=int, metavar="N", help="paint a square of N x N pixels (default: 8)")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(

@@ -83,7 +83,7 @@ def lipschitz(passes: Passes, *, weight: float, h: float | None = None) -> Regul
 
 
 def tulip(passes: Passes, *, eps: float, weight: float, h: float | None = None) -> RegularizedLoss:
-    """`tv-l2` with eps plus weight * `lipschitz`, for the price of `tv-l2` (LIP; LIPGEN 2.6 and 2.9)."""
+    """`tv-l2` with eps plus weight * `lipschitz`, on shared passes (LIP; LIPGEN 2.6 and 2.9)."""
     return _sum(tv_l2(passes, eps=eps), lipschitz(passes, weight=weight, h=h))
 
 
