@@ -2,9 +2,10 @@
 
     python -m benchmarks.regularizers --runs runs/regularizers --out benchmarks/results/regularizers
 
-All rows share network, epochs, batch and learning rate (`Scale`); only the regularizers differ. Training
-and measuring go on where they stopped: finished runs in the folder of `--runs` and finished entries of
-OUT.json are kept. `--rows` names some of the rows, `--measure` leaves out what is not trained yet. Writes
+All rows share network, epochs, batch and learning rate (`Scale`); only the regularizers differ. A preset of
+`guard train --presets` is a row too, where `--rows` names it: with its own network, schedule and epochs.
+Training and measuring go on where they stopped: finished runs in the folder of `--runs` and finished entries
+of OUT.json are kept. `--rows` names some of the rows, `--measure` leaves out what is not trained yet. Writes
 OUT.json after every entry, and OUT.md.
 
 Measured on the test split: accuracy on all of it; on images of the report fold, gradient norms of the loss
@@ -40,7 +41,7 @@ from guard.export import to_onnx
 from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector
-from guard.training import checkpoint
+from guard.training import checkpoint, presets
 from guard.training.loop import chosen_precision, read_metrics, train, trained
 from guard.training.settings import Settings
 
@@ -77,6 +78,7 @@ class Row:
     architecture: str = "compact-resnet"
     seeds: int = 1
     budgets: tuple[Budget, ...] = BUDGETS
+    preset: Settings | None = None
 
 
 # The papers' weights grow tenfold on the way, over 100 epochs; at a tenth of the steps that leaves little of
@@ -148,6 +150,21 @@ ROWS |= {
     )
 }
 
+TABLE = list(ROWS)
+
+ROWS |= {
+    name: Row(
+        preset.settings.regularizers,
+        f"{preset.source}: {'; '.join(f'{presets.heading(one)} {one.value:g}' for one in preset.figures)}",
+        dataset=preset.dataset,
+        architecture=preset.settings.architecture,
+        budgets=DIGITS if preset.dataset == "mnist" else BUDGETS,
+        preset=preset.settings,
+    )
+    for name, preset in presets.PRESETS.items()
+    if preset.dataset is not None
+}
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -167,10 +184,10 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=TABLE, metavar="ROW")
     parser.add_argument("--measure", action="store_true", help="train nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--epochs", type=int, help="(default: 8 on the CPU, 30 on CUDA)")
+    parser.add_argument("--epochs", type=int, help="(default: 8 on the CPU, 30 on CUDA; a preset's own)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--hardware", default=platform.processor() or platform.machine())
     given = parser.parse_args()
@@ -188,10 +205,11 @@ def main() -> None:
         if result["entries"].get(name, {}).get("scale") == asdict(scale):
             continue
         run = given.runs / name
-        if not finished(run, scale):
+        settings = settings_of(ROWS[row], seed, scale, given.epochs, given.device)
+        if not finished(run, settings):
             if given.measure:
                 continue
-            train_row(ROWS[row], seed, scale, run, given.device)
+            train_row(ROWS[row], settings, run, given.device)
         entry = measure(ROWS[row], run, scale, given.device)
         entry |= {"scale": asdict(scale), "row": row, "seed": seed, "hardware": given.hardware}
         result["entries"][name] = entry
@@ -200,14 +218,16 @@ def main() -> None:
     write_text(given.out.with_suffix(".md"), markdown(result))
 
 
-def finished(run: Path, scale: Scale) -> bool:
+def finished(run: Path, settings: Settings) -> bool:
     path = run / checkpoint.CHECKPOINT
-    return path.exists() and checkpoint.load(path).epoch == scale.epochs
+    return path.exists() and checkpoint.load(path).epoch == settings.epochs
 
 
-def train_row(row: Row, seed: int, scale: Scale, run: Path, device: str) -> None:
-    dataset = data.load(row.dataset, "train")
-    settings = Settings(
+def settings_of(row: Row, seed: int, scale: Scale, epochs: int | None, device: str) -> Settings:
+    """A preset's own, its epochs replaced by `epochs` where given, else those that all rows share."""
+    if row.preset is not None:
+        return replace(row.preset, seed=seed, epochs=epochs or row.preset.epochs)
+    return Settings(
         architecture=row.architecture,
         regularizers=row.regularizers,
         epochs=scale.epochs,
@@ -217,6 +237,10 @@ def train_row(row: Row, seed: int, scale: Scale, run: Path, device: str) -> None
         mirror=row.dataset != "mnist",
         seed=seed,
     )
+
+
+def train_row(row: Row, settings: Settings, run: Path, device: str) -> None:
+    dataset = data.load(row.dataset, "train")
     train(
         dataset,
         settings,
@@ -444,7 +468,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name, entry in entries.items():
         prefix = next((one for one in ("cifar100-", "mnist-") if name.startswith(one)), "")
         base = entries.get(f"{prefix}undefended-0")
-        if base is not None and base is not entry:
+        if base is not None and base is not entry and ROWS[entry["row"]].preset is None:
             lines.append(
                 f"| {name} "
                 f"| {base['mean_jacobian_norm']['mean'] / entry['mean_jacobian_norm']['mean']:.2f} "

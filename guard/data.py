@@ -200,7 +200,11 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
     if images.ndim == 3:  # grey images without the channel axis, as Keras stores MNIST
         images = images[..., np.newaxis]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        scale = " Multiply pixels in [0, 1] by 255 and round." if images.dtype.kind == "f" else ""
+        scale = ""
+        if images.dtype.kind == "f" and images.size:
+            low, high = float(images.min()), float(images.max())
+            advice = "multiply by 255" if low >= 0 and high <= 1 else "bring them to 0 to 255"
+            scale = f" These are from {low:.4g} to {high:.4g}: {advice} and round."
         raise DataError(
             f"{path}: {x} is {images.dtype} {images.shape}; expected uint8 (N, H, W, C) with 1 or 3 "
             f"channels.{scale}"

@@ -120,7 +120,7 @@ def test_bounds_stand_beside_what_is_there(tmp_path: Path, capsys: Captured) -> 
     text = " ".join(capsys.readouterr().out.split())
     assert f"product of layer norms {bounds['layers']['l2']['margin']:.3g} (sound, up to rounding)" in text
     assert main(["info", str(tmp_path / "b")]) == 0
-    assert "slope" not in capsys.readouterr().out
+    assert "guard info --bounds" in capsys.readouterr().out
 
 
 def test_operators_without_a_bound_are_named(tmp_path: Path, capsys: Captured) -> None:

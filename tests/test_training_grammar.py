@@ -3,7 +3,7 @@
 import pytest
 
 from guard.errors import UsageError
-from guard.training.grammar import REGULARIZERS, parse, parse_all
+from guard.training.grammar import REGULARIZERS, check_precision, parse, parse_all
 from guard.training.schedules import Ramp
 
 
@@ -22,7 +22,7 @@ class TestParse:
             ),
             ("tulip:eps=1,lambda=1", "no hyperparameter 'lambda': it takes eps, weight, h"),
             ("none:eps=1", "it takes none"),
-            ("tulip:eps=1", "needs weight"),
+            ("tulip:eps=1", "needs weight, as in tulip:eps=1,weight=0.1"),
             ("tulip:eps=1,weight=x", "weight is 'x', not a number of 0 or more"),
             ("tulip:eps=-1,weight=1", "eps is '-1'"),
             ("tulip:eps=nan,weight=1", "eps is 'nan'"),
@@ -89,3 +89,30 @@ class TestTogether:
     def test_penalties_combine(self) -> None:
         texts = ["tv-l2:eps=1,form=penalty", "tulip:eps=1,weight=1", "stability:weight=1", "hamming:weight=1"]
         assert [chosen.name for chosen in parse_all(texts)] == ["tv-l2", "tulip", "stability", "hamming"]
+
+
+def test_the_same_one_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="stability:weight=1 is given twice: give it once, with twice"):
+        parse_all(["stability:weight=1", "none", "stability:weight=1"])
+    assert len(parse_all(["stability:weight=1,eps=0.1", "stability:weight=1,eps=0.2"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fine"),
+    [
+        ("gradient-penalty-l2:weight=1,h=0.01", True),
+        ("gradient-penalty-l1:weight=1,h=0.1..0.01@0..1", True),
+        ("tv-l2:eps=0.1,form=penalty,h=0.001", True),
+        ("gradient-penalty-l2:weight=1,h=0.05", False),
+        ("gradient-penalty-l2:weight=1", False),
+        ("tulip:eps=0.1,weight=1,h=0.001", False),  # differenced in full precision
+    ],
+)
+def test_steps_that_bf16_rounds_away_are_refused(text: str, fine: bool) -> None:
+    chosen = [parse(text)]
+    check_precision(chosen, "float32")
+    if fine:
+        with pytest.raises(UsageError, match=r"rounding. Give --precision float32, leave h out"):
+            check_precision(chosen, "bf16")
+    else:
+        check_precision(chosen, "bf16")

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from guard import files
 from guard.errors import DataError, TrainingError, UsageError
-from guard.training import architectures, checkpoint, curves, grammar, loop
+from guard.training import architectures, checkpoint, curves, distributed, grammar, loop
 from guard.training.batches import prepare
 from guard.training.loop import Run, read_metrics, train
-from guard.training.passes import Passes
+from guard.training.passes import Passes, compiled
 from tests.colours import TINY, Plain, WithDropout, dataset
 
 
@@ -139,7 +140,28 @@ class TestTraining:
         assert ["test accuracy" in page for page in pages] == [False, False, True]
 
 
+def test_a_compiled_run_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "compiled", partial(compiled, backend="aot_eager"))
+    settings = replace(TINY, architecture="plain", regularizers=("tulip:eps=0.1,weight=0.1",), epochs=1)
+    for name, fast in (("plain", False), ("compiled", True)):
+        train(dataset(), replace(settings, compile=fast), tmp_path / name)
+    expected, found = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 class TestAccumulation:
+    def test_sums_over_the_batch_know_how_many_parts_there_are(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A part's sum, times their number, averages to the sum over the whole batch."""
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        settings = replace(TINY, accumulate=4, batch_size=16)
+        bound = grammar.parse_all(settings.regularizers)
+        batches = prepare(dataset(), settings, "cpu")
+        run = Run(Plain(batches.mean, batches.deviation, 3), bound, batches, settings, tmp_path)
+        assert run.passes(*batches.at(0, 0), 1).parts == 8
+
     @pytest.mark.parametrize("regularizer", ["tv-l2:eps=0.1", "gradient-penalty-l2:weight=0.5"])
     def test_parts_make_the_same_step(self, regularizer: str, tmp_path: Path) -> None:
         """Without BatchNorm, and but for the order in which float32 numbers are added."""
@@ -399,6 +421,19 @@ class TestFailures:
         assert path.read_bytes() == before
         assert [entry.name for entry in path.parent.iterdir() if "partial" in entry.name] == []
 
+    def test_a_full_disk_that_takes_no_metrics_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(path: Path, text: str) -> None:
+            if path.name == loop.METRICS:
+                raise OSError(28, "No space left on device")
+            written(path, text)
+
+        written = files.write_text
+        monkeypatch.setattr(files, "write_text", full)
+        with pytest.raises(TrainingError, match=r"metrics.jsonl: cannot be written \(No space .*--resume"):
+            train(dataset(), TINY, tmp_path / "run")
+
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="no such checkpoint"):
             checkpoint.load(tmp_path / "checkpoint.pt")
@@ -472,6 +507,7 @@ class TestFailures:
         assert loop.chosen_device("auto") in {"cpu", "cuda"}
         assert loop.chosen_precision("bf16", "cpu") == "bf16"
         assert loop.chosen_precision("auto", "cpu") in {"bf16", "float32"}
+        assert loop.chosen_precision("auto", "cpu", ["gradient-penalty-l2:weight=1,h=0.01"]) == "float32"
         for name in ("gpu", "cuda:99"):
             with pytest.raises(UsageError, match=f"--device {name}: .*Give cpu or cuda"):
                 loop.chosen_device(name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guard.training.grammar import parse, regularized_loss
-from guard.training.passes import Passes, compiled
+from guard.training.passes import Passes, compiled, relu_calls
 from tests.small_models import WithBatchNorm, batch, two_class_model, weight_gradient
 
 
@@ -161,7 +161,10 @@ class ManyReLUs(nn.Module):
             Tensor.relu,
             lambda z: functional.relu(z, True),
             functional.relu6,
+            nn.ReLU6(),
+            nn.ReLU6(inplace=True),
             functional.leaky_relu,
+            nn.Hardtanh(0.0, 1.0),
         ):
             self.seen.append(features.detach().clone())
             features = self.convolution(relu(features)) - 0.2
@@ -176,12 +179,16 @@ class TestPairs:
         passes = Passes(model, images, labels)
         passes.recording = True
         plus, minus, corners = passes.pair(0.1)
-        assert len(plus.activations) == len(minus.activations) == 8
+        assert len(plus.activations) == len(minus.activations) == 11
         for recorded, seen in zip(plus.activations + minus.activations, model.seen, strict=True):
             assert torch.equal(recorded, seen)
             assert recorded.requires_grad
         torch.testing.assert_close(plus.logits, model(images + corners))
         torch.testing.assert_close(minus.logits, model(images - corners))
+
+    def test_what_is_clipped_below_zero_is_no_relu(self) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Hardtanh(), nn.Hardtanh(min_val=-0.5), nn.ReLU6())
+        assert relu_calls(network, (3, 4, 4)) == 1
 
     def test_corners_are_random_ones_of_the_cube(self) -> None:
         model, _ = two_class_model()

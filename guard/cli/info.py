@@ -116,7 +116,9 @@ def _screen(bundle: "Bundle", size: int, bounds: "WeightBounds | None") -> list[
     else:
         facts += _detection(calibration)
         facts += [(f"{norm} radius", _radius(radii)) for norm, radii in _norms(calibration)]
-    if bounds is not None:
+    if bounds is None:
+        facts.append(("slopes", "what the weights alone allow: guard info --bounds"))
+    else:
         facts += _slopes(bounds, calibration)
     return screen_lines(manifest.name, facts)
 

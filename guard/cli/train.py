@@ -284,7 +284,8 @@ def _settings(
     given = {name: getattr(arguments, name, None) for name in asdict(base)}
     given["regularizers"] = tuple(arguments.regularizers) if arguments.regularizers else None
     if arguments.precision or not preset:
-        given["precision"] = chosen_precision(arguments.precision or "auto", device)
+        regularizers = given["regularizers"] or base.regularizers
+        given["precision"] = chosen_precision(arguments.precision or "auto", device, regularizers)
     if given["mirror"] is None and Path(dataset).stem in _NOT_MIRRORED:
         given["mirror"] = False
     return replace(base, **{name: value for name, value in given.items() if value is not None})

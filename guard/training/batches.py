@@ -57,7 +57,9 @@ class Batches(ABC):
     held_out: Dataset | ImageFiles
     workers: int = 0
 
-    def __init__(self, labels: NDArray[np.int64], settings: Settings, device: str) -> None:
+    def __init__(
+        self, dataset: Dataset | ImageFiles, labels: NDArray[np.int64], settings: Settings, device: str
+    ) -> None:
         order = np.arange(len(labels))
         if (np.diff(labels) >= 0).all():
             # Sorted by class, as folders are: the last images would all be of the last classes.
@@ -69,6 +71,7 @@ class Batches(ABC):
                 "expected 2 or more to train on. Lower --held-out."
             )
         self._kept, self._held = order[:kept], order[kept:]
+        _check_classes(labels[self._kept], dataset)
         self.settings = settings
         self.device = torch.device(device)
         self._order = _Order(kept, settings)
@@ -94,10 +97,9 @@ class InMemory(Batches):
 
     def __init__(self, dataset: Dataset, settings: Settings, device: str) -> None:
         images, labels = checked(dataset)
-        _check_classes(labels, dataset)
         if settings.padding >= min(images.shape[1:3]):
             raise _shifted_too_far(settings.padding, images.shape[1:3])
-        super().__init__(labels, settings, device)
+        super().__init__(dataset, labels, settings, device)
         self.shape = (images.shape[3], images.shape[1], images.shape[2])
         kept = images[self._kept]
         self.mean, self.deviation = channel_statistics(kept)
@@ -132,7 +134,7 @@ class Streamed(Batches):
     def __init__(self, files: ImageFiles, settings: Settings, device: str, *, workers: int) -> None:
         if files.resize is None and settings.padding >= min(files.shape[:2]):
             raise _shifted_too_far(settings.padding, files.shape[:2])
-        super().__init__(files.labels, settings, device)
+        super().__init__(files, files.labels, settings, device)
         height, width, channels = files.shape
         self.shape = (channels, height, width)
         kept = folders.take(files, self._kept)
@@ -268,12 +270,12 @@ def checked(dataset: Dataset) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return images, labels
 
 
-def _check_classes(labels: NDArray[np.int64], dataset: Dataset) -> None:
+def _check_classes(labels: NDArray[np.int64], dataset: Dataset | ImageFiles) -> None:
     empty = np.flatnonzero(np.bincount(labels, minlength=len(dataset.class_names)) == 0)
     if len(empty):
         raise DataError(
             f"{dataset.name}: class {dataset.class_names[empty[0]]!r} (number {empty[0]}) has no training "
-            "image. Number the classes from 0 without gaps, or add images of it."
+            "image. Number the classes from 0 without gaps, add images of it, or hold out fewer."
         )
 
 

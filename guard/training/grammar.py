@@ -42,6 +42,8 @@ REGULARIZERS: dict[str, Callable[..., RegularizedLoss]] = {
 
 _READS_ACTIVATIONS = frozenset({"hamming"})
 
+_FULL_PRECISION = frozenset({"lipschitz", "tulip"})  # their finite differences are, whatever the passes are
+
 # These train on other points in place of the images, so that only one of them can be chosen.
 _ELSEWHERE = frozenset(
     {"tv-l2", "tv-l1", "tulip", "adversarial-l2", "adversarial-linf", "free-linf", "gaussian"}
@@ -73,6 +75,14 @@ class Regularizer:
     def ramps(self) -> dict[str, Ramp]:
         """The hyperparameters that change over training."""
         return {key: value for key, value in self.settings.items() if isinstance(value, Ramp)}
+
+    @property
+    def too_fine_for_bf16(self) -> bool:
+        """Whether its finite differences would be mostly rounding where passes are bf16."""
+        given = self.settings.get("h")
+        steps = (given.first, given.last) if isinstance(given, Ramp) else (given,)
+        fine = any(isinstance(h, float) and h < regularizers.HALF_PRECISION_STEP / 2 for h in steps)
+        return fine and self.name not in _FULL_PRECISION
 
     @property
     def replays(self) -> int:
@@ -107,7 +117,7 @@ def parse(text: str) -> Regularizer:
         bound[key] = _value(name, known[key], value)
     missing = [key for key, entry in known.items() if entry.default is Parameter.empty and key not in bound]
     if missing:
-        example = ",".join(f"{key}=0.1" for key in missing)
+        example = ",".join([*filter(None, settings.split(",")), *(f"{key}=0.1" for key in missing)])
         raise UsageError(f"regularizer {name} needs {' and '.join(missing)}, as in {name}:{example}")
     if "form" in known and "h" in bound and bound.get("form") != "penalty":
         raise UsageError(
@@ -119,6 +129,9 @@ def parse(text: str) -> Regularizer:
 def parse_all(texts: Sequence[str]) -> list[Regularizer]:
     """Every text parsed; raises `UsageError` also, before any training, where two cannot be combined."""
     parsed = [parse(text) for text in texts]
+    twice = next((text for text, one in zip(texts, parsed, strict=True) if parsed.count(one) > 1), None)
+    if twice is not None:
+        raise UsageError(f"regularizer {twice} is given twice: give it once, with twice the weight.")
     elsewhere = [
         text for text, regularizer in zip(texts, parsed, strict=True) if regularizer.trains_elsewhere
     ]
@@ -127,6 +140,18 @@ def parse_all(texts: Sequence[str]) -> list[Regularizer]:
             f"{' and '.join(elsewhere)} each train on other points in place of the images: choose one."
         )
     return parsed
+
+
+def check_precision(chosen: Sequence[Regularizer], precision: str) -> None:
+    """Raises `UsageError` where a finite difference would be mostly the rounding of bf16."""
+    for regularizer in chosen:
+        if precision == "bf16" and regularizer.too_fine_for_bf16:
+            raise UsageError(
+                f"{regularizer.name}: under bf16 a difference over a step of {regularizer.settings['h']} is "
+                "mostly rounding. Give --precision float32, leave h out (it is "
+                f"{regularizers.HALF_PRECISION_STEP} then), or give {regularizers.HALF_PRECISION_STEP / 2} "
+                "or more."
+            )
 
 
 def check_network(chosen: Sequence[Regularizer], model: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -151,7 +176,10 @@ def regularized_loss(chosen: Sequence[Regularizer], passes: Passes) -> tuple[Ten
     elsewhere = [part.data for part in parts if part.data is not None]
     data = elsewhere[0] if elsewhere else passes.clean.losses.mean()
     loss = torch.stack([data, *(part.penalty for part in parts if part.penalty is not None)]).sum()
-    terms = {name: value for part in parts for name, value in part.terms.items()}
+    terms: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        for name, value in part.terms.items():
+            terms[f"{name}_{number}" if name in terms else name] = value
     return loss, {"loss": loss.detach(), "data": data.detach(), **terms}
 
 

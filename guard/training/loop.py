@@ -75,6 +75,7 @@ def train(
     with distributed.together():
         settings.check()
         bound = grammar.parse_all(settings.regularizers)
+        grammar.check_precision(bound, settings.precision)
         batches = prepare(dataset, settings, device, workers=workers)
         _check_test(test, dataset, batches)
         config = _config(dataset, settings, batches, arguments or {})
@@ -377,10 +378,14 @@ def chosen_device(name: str) -> str:
     return name
 
 
-def chosen_precision(name: Literal["auto", "bf16", "float32"], device: str) -> Precision:
-    """`auto` is bf16 where the device computes in it, else float32."""
+def chosen_precision(
+    name: Literal["auto", "bf16", "float32"], device: str, regularizers: Sequence[str] = ()
+) -> Precision:
+    """`auto` is bf16 where the device computes in it and no regularizer's step is too fine, else float32."""
     if name != "auto":
         return name
+    if any(regularizer.too_fine_for_bf16 for regularizer in grammar.parse_all(regularizers)):
+        return "float32"
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
     # Without these instructions torch takes bf16 too, and is slower than in float32.
@@ -503,7 +508,7 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
         raise UsageError(f"--out {out}: is a file; expected the folder of a run, or a new one.")
     path = out / CONFIG
     if not path.exists() or not (out / checkpoint.CHECKPOINT).exists():
-        files.write_text(path, json.dumps(config, indent=1) + "\n")
+        _write_text(path, json.dumps(config, indent=1) + "\n")
         return
     if not resume:
         raise UsageError(f"{out}: holds a run already. Give --resume to go on with it, or another --out.")
@@ -576,5 +581,15 @@ def _write(out: Path, config: Mapping[str, Any], metrics: Sequence[Metrics]) -> 
     """The metrics and their curves, by the first process."""
     with distributed.together():
         if distributed.rank() == 0:
-            files.write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
-            files.write_text(out / curves.CURVES, curves.page(out.resolve().name, config, metrics))
+            _write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
+            _write_text(out / curves.CURVES, curves.page(out.resolve().name, config, metrics))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file of the run; raises `TrainingError` where that fails, as on a full disk."""
+    try:
+        files.write_text(path, text)
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written ({error.strerror}). Make room, then go on with --resume."
+        ) from error

@@ -201,8 +201,8 @@ class Passes:
         One pair per `eps` and batch; with `recording`, the inputs of all ReLUs are kept.
         """
         if eps not in self._pairs:
-            signs = torch.randint(0, 2, self.images.shape, generator=self.generator).to(self.images.device)
-            corners = eps * (2 * signs - 1).to(self.images.dtype)
+            signs = torch.randint(0, 2, self.images.shape, generator=self.generator, dtype=torch.int8)
+            corners = eps * (2 * signs.to(self.images.device) - 1).to(self.images.dtype)
             plus, minus = self._recorded(self.images + corners), self._recorded(self.images - corners)
             self._pairs[eps] = Pair(plus, minus, corners)
         return self._pairs[eps]
@@ -289,7 +289,7 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _RELUS:
+        if func in _RELUS or (func is functional.hardtanh and _lower_end(*args, **(kwargs or {})) == 0):
             given: Tensor = args[0] if args else (kwargs or {})["input"]
             self.activations.append(given.clone())  # a ReLU in place overwrites what it was given
         return func(*args, **(kwargs or {}))
@@ -307,5 +307,11 @@ _RELUS = frozenset(
         functional.leaky_relu,
         functional.leaky_relu_,
         functional.prelu,
+        functional.rrelu,
     }
 )
+
+
+def _lower_end(input: Tensor, min_val: float = -1.0, *_: Any, **__: Any) -> float:  # noqa: ARG001
+    """Where a call of `hardtanh` starts: at 0 it is a ReLU up to its upper end, as ReLU6 is."""
+    return min_val

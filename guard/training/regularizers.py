@@ -76,10 +76,11 @@ def lipschitz(passes: Passes, *, weight: float, h: float | None = None) -> Regul
 
     Only the image with the largest gradient counts. Its norm is differentiated exactly, by double
     backpropagation through a pass in full precision over that image and the `COMPANIONS` next in the batch;
-    with `h`, the finite difference (L(x + h d) - L(x)) / h takes its place.
+    with `h`, the finite difference (L(x + h d) - L(x)) / h takes its place. BatchNorm sees these images alone
+    then, so that the term logged, and penalized, is not quite the batch's largest norm, logged as `steepest`.
     """
-    slope = _steepest(passes, h)
-    return RegularizedLoss(weight * slope, terms={"lipschitz": slope.detach()})
+    slope, steepest = _steepest(passes, h)
+    return RegularizedLoss(weight * slope, terms={"lipschitz": slope.detach(), "steepest": steepest})
 
 
 def tulip(passes: Passes, *, eps: float, weight: float, h: float | None = None) -> RegularizedLoss:
@@ -168,8 +169,8 @@ def _slopes_along(passes: Passes, direction: Tensor, step: float) -> Tensor:
     return (_losses_along(passes, direction, step) - passes.clean.losses) / step
 
 
-def _steepest(passes: Passes, h: float | None) -> Tensor:
-    """The largest ||g_i||_2 of the batch, differentiable by the weights.
+def _steepest(passes: Passes, h: float | None) -> tuple[Tensor, Tensor]:
+    """The largest ||g_i||_2 of the batch: differentiable by the weights, and as the batch's own pass has it.
 
     Of several processes only the one that holds it contributes, times their number: gradients are averaged.
     """
@@ -182,11 +183,11 @@ def _steepest(passes: Passes, h: float | None) -> Tensor:
         ahead = points.clone()
         ahead[0] += h * unit_direction(passes.gradient[chosen].unsqueeze(0))[0]
         losses = [passes.over_few(ends, labels).losses[0] for ends in (points, ahead)]
-        return factor * (losses[1] - losses[0]) / h
+        return factor * (losses[1] - losses[0]) / h, factor * norms.max()
     points.requires_grad_()
     loss = passes.over_few(points, labels).losses[0]
     (gradient,) = torch.autograd.grad(loss, points, create_graph=True)
-    return factor * image_norms(gradient[:1]).squeeze(0)
+    return factor * image_norms(gradient[:1]).squeeze(0), factor * norms.max()
 
 
 def _difference_step(passes: Passes, h: float | None) -> float:
