@@ -163,8 +163,8 @@ def aligned_labels(
         return labels
     stranger = next(name for name in names if name not in numbers)
     raise DataError(
-        f"{name}: has {len(names)} classes, the model {len(class_names)}, and "
-        f"{stranger!r} is none of the model's. Name the class folders as the model's classes are named."
+        f"{name}: has {len(names)} classes, the model {len(class_names)}, and {stranger!r} is none of the "
+        "model's. Name classes as the model's are named: the folders, or class_names in an .npz."
     )
 
 

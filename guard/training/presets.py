@@ -475,8 +475,9 @@ def preset(name: str) -> Preset:
     """The preset of that name; raises `UsageError`, with names like it, where there is none."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-        meant = f", such as {', '.join(close)}" if close else ""
-        raise UsageError(f"unknown preset {name!r}: expected one of guard train --presets{meant}.")
+        papers = {entry.paper: entry.name for entry in PRESETS.values()}
+        meant = ", ".join(close or papers.values())
+        raise UsageError(f"unknown preset {name!r}: expected one of guard train --presets, such as {meant}.")
     return PRESETS[name]
 
 
