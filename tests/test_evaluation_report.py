@@ -207,7 +207,7 @@ class TestPage:
         assert results.command in text
         assert results.hardware in text
         for standing in results.standing:
-            assert all(f"{name} {count}" in text for name, count in standing.fallen.items() if count)
+            assert all(name in text and f"{count}" in text for name, count in standing.fallen.items())
 
     def test_needs_no_network_and_no_script(self, evaluation: Evaluation) -> None:
         html = page(evaluation, evaluation)

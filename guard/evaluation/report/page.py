@@ -127,7 +127,7 @@ def _verdict(both: Sequence[Evaluation]) -> str:
 
 
 def _cards(both: Sequence[Evaluation]) -> str:
-    boxes = []
+    rows = []
     for evaluation in both:
         results = evaluation.results
         of = f"{findings.name(evaluation)}: " if len(both) > 1 else ""
@@ -140,7 +140,7 @@ def _cards(both: Sequence[Evaluation]) -> str:
             (f"{of}clean images rejected by {score}{', served' if score == results.served else ''}", found)
             for score, found in results.rejected.items()
         ]
-        boxes += [
+        boxes = [
             f"<div><span>{escape(title)}</span><b>{words.percent(found.value)}</b>"
             f"<span>{_cell(words.share(found))}</span></div>"
             for title, found in cards
@@ -150,7 +150,8 @@ def _cards(both: Sequence[Evaluation]) -> str:
             f"<div><span>{escape(of)}mean Jacobian norm, clean</span>"
             f"<b>{words.number(results.jacobian.mean)}</b><span>{norms}</span></div>"
         )
-    return f'<div class="cards">{"".join(boxes)}</div>'
+        rows.append(f'<div class="cards">{"".join(boxes)}</div>')
+    return "".join(rows)
 
 
 def _standing(both: Sequence[Evaluation]) -> str:
@@ -173,8 +174,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
                 f'<td class="bar" style="--share: {100 * found.standing.value:.1f}%">'
                 f"{_cell(words.standing(found))}</td><td>{_cell(words.share(found.clean))}</td>"
             )
-        fallen = _most(one.fallen)
-        cells.append(f"<td>{escape(one.worst or words.MISSING)}</td><td>{escape(fallen)}</td>")
+        cells.append(f"<td>{escape(findings.worst(one))}</td>")
         kind = ' class="served"' if one.score == served else ""
         lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
     if not lines:
@@ -184,9 +184,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
     for name in names:
         of = f"{name}: " if len(both) > 1 else ""
         head += [f"{of}under attack", f"{of}without"]
-    columns = "".join(
-        f"<th>{escape(text)}</th>" for text in [*head, "worst", "images brought down, by attack"]
-    )
+    columns = "".join(f"<th>{escape(text)}</th>" for text in [*head, "worst attack (images)"])
     unknown = [score for score in both[0].results.scores if not findings.knowing(both[0], score)]
     warning = (
         f'<p class="warn">No attack of the run knows {escape(" or ".join(unknown))}: with '
@@ -198,16 +196,27 @@ def _standing(both: Sequence[Evaluation]) -> str:
     return (
         "<h3>Robust accuracy with rejection: right and accepted under all attacks of the run</h3>"
         f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>{warning}"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{warning}{_fallen(both[0])}"
     )
 
 
-def _most(fallen: Mapping[str, int]) -> str:
-    """The attacks that brought images down, the worst first."""
-    ordered = sorted(fallen.items(), key=lambda pair: -pair[1])
-    parts = [f"{name} {count}" for name, count in ordered if count]
-    idle = len(fallen) - len(parts)
-    return ", ".join([*parts, "all others 0"] if idle else parts)
+def _fallen(evaluation: Evaluation) -> str:
+    """How many images every attack brought down by itself, a table per score."""
+    parts = []
+    for score in evaluation.results.scores:
+        stands = [one for one in evaluation.results.standing if one.score == score]
+        total = {
+            name: sum(one.fallen.get(name, 0) for one in stands) for one in stands for name in one.fallen
+        }
+        rows = [
+            [name, *(str(one.fallen.get(name, 0)) for one in stands)]
+            for name in sorted(total, key=lambda name: (-total[name], name))
+        ]
+        if rows:
+            head = ("attack", *(words.at(one.budget, one.norm) for one in stands))
+            caption = f"Images that are right and accepted by {score}, brought down by each attack"
+            parts.append(_table(caption, head, rows))
+    return "".join(parts)
 
 
 def _checks(evaluation: Evaluation) -> str:
