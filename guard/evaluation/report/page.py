@@ -205,9 +205,8 @@ def _fallen(evaluation: Evaluation) -> str:
     parts = []
     for score in evaluation.results.scores:
         stands = [one for one in evaluation.results.standing if one.score == score]
-        total = {
-            name: sum(one.fallen.get(name, 0) for one in stands) for one in stands for name in one.fallen
-        }
+        names = {name for one in stands for name in one.fallen}
+        total = {name: sum(one.fallen.get(name, 0) for one in stands) for name in names}
         rows = [
             [name, *(str(one.fallen.get(name, 0)) for one in stands)]
             for name in sorted(total, key=lambda name: (-total[name], name))
@@ -216,7 +215,11 @@ def _fallen(evaluation: Evaluation) -> str:
             head = ("attack", *(words.at(one.budget, one.norm) for one in stands))
             caption = f"Images that are right and accepted by {score}, brought down by each attack"
             parts.append(_table(caption, head, rows))
-    return "".join(parts)
+    note = (
+        '<p class="muted">Whatever the budget it was run at, or none. Dear attacks that know the detector '
+        "ran on what cheaper ones had left standing.</p>"
+    )
+    return "".join([*parts, note]) if parts else ""
 
 
 def _checks(evaluation: Evaluation) -> str:
