@@ -65,6 +65,8 @@ def test_whatever_any_attack_found_counts_within_the_budget() -> None:
     ]
     (found,) = standings(attacks, clean(), ["jacobian"], {"l2": (0.5,)})
     # Image 0 is rejected wherever it is wrong, 2 falls beyond the budget, 7 was rejected without attack.
+    assert found.alone is not None
+    assert (found.alone.count, found.alone.n) == (1, COUNT), "only image 2, nothing being rejected"
     assert (found.clean.count, found.clean.n) == (7, COUNT)
     assert (found.standing.count, found.standing.n) == (2, COUNT)
     assert found.fallen == {

@@ -277,7 +277,11 @@ def summary(results: "Results", out: Path) -> str:
         + (" (served)" if score == results.served else "")
         for score, rejected in results.rejected.items()
     ]
-    lines += ["", "robust accuracy with rejection (right and accepted under every attack run):"]
+    lines += [
+        "",
+        "robust accuracy with rejection (right and accepted under every attack run);",
+        "clean: without attack; alone: right under every attack, nothing rejected",
+    ]
     lines += [line for standing in results.standing for line in _standing_lines(standing)]
     plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
     if plain:
@@ -335,7 +339,8 @@ def _standing_lines(standing: "Standing") -> list[str]:
     from guard.evaluation.report import words
 
     name = f"{standing.score} {words.at(standing.budget, standing.norm)}"
-    lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}"]
+    alone = f", alone {standing.alone.value:.1%}" if standing.alone else ""
+    lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}{alone}"]
     if standing.worst is not None:
         fallen = standing.fallen[standing.worst]
         lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.clean.count}"))

@@ -124,7 +124,8 @@ class Standing(Record):
     `worst` is the first of them, which need not be the strongest where others were run on fewer images;
     `clean` is the share that is accepted and right without attack. Where dear attacks were run on fewer
     images, `standing` counts the rest as if they had failed there, and `complete` is the same share among the
-    first images, on which all were run.
+    first images, on which all were run. `alone` is what stands without the detector: images that are right,
+    and for which no attack found one of another class, accepted or not.
     """
 
     score: ScoreName
@@ -135,6 +136,7 @@ class Standing(Record):
     worst: str | None
     fallen: dict[str, int]
     complete: Share | None = None
+    alone: Share | None = None
 
 
 class Check(Record):

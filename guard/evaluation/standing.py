@@ -50,11 +50,13 @@ def _standing(
 ) -> Standing:
     taken = clean["right"] & clean[f"accepted_{score}"]
     by_attack: dict[str, Flags] = {}
+    alone = np.asarray(clean["right"], np.bool_).copy()
     shortest = len(taken)
     for one in finished:
-        result = one.result
+        result, wrong = one.result, one.within(norm, budget)
         fell = by_attack.setdefault(result.name, np.zeros(len(taken), np.bool_))
-        fell[one.arrays["row"][one.within(norm, budget) & one.arrays[f"accepted_{score}"]]] = True
+        fell[one.arrays["row"][wrong & one.arrays[f"accepted_{score}"]]] = True
+        alone[one.arrays["row"][wrong]] = False
         aimed = result.norm == norm and result.aware in (None, score)
         if aimed and (result.budget is None or result.budget <= budget):
             shortest = min(shortest, int(result.settings["images"]))
@@ -71,4 +73,5 @@ def _standing(
         worst=next(iter(ranked), None),
         fallen=ranked,
         complete=share(left[:shortest]) if shortest < len(taken) else None,
+        alone=share(alone),
     )

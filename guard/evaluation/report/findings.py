@@ -97,7 +97,10 @@ def headline(evaluation: Evaluation) -> list[str]:
     for norm in ("l2", "linf"):
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
         if stands:
-            parts = ". ".join(f"At {words.size(one.budget, norm)}: {words.standing(one)}" for one in stands)
+            parts = ". ".join(
+                f"At {words.size(one.budget, norm)}: {words.standing(one)}{words.alone(one)}"
+                for one in stands
+            )
             said.append(f"Robust accuracy with rejection in {norm}. {parts}.")
     if results.standing:
         said.append(

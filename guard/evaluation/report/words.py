@@ -48,6 +48,11 @@ def standing(found: Standing | None) -> str:
     return f"{share(found.standing)}; where all attacks ran: {share(found.complete)}"
 
 
+def alone(found: Standing) -> str:
+    """What stands without the detector, where it is known; begins with a comma."""
+    return f", without the detector {share(found.alone)}" if found.alone else ""
+
+
 def number(value: float) -> str:
     """A number with three significant digits."""
     if not math.isfinite(value):
