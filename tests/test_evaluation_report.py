@@ -199,7 +199,7 @@ class TestPage:
                     continue
                 assert wanted in text, (name, leaf)
         for audit in results.radii:
-            tightness = f"{audit.tightness:.2f} ± {1.96 * audit.tightness_error:.2g}"
+            tightness = f"{audit.tightness:.3f} ± {1.96 * audit.tightness_error:.3f}"
             assert f"{audit.mean_radius:.3g}{audit.mean_distance:.3g}{tightness}" in text
         for check in results.checks:
             assert f"{check.expected}" in text
@@ -572,7 +572,7 @@ class TestMarkdown:
             f"| {first.worst} ({first.fallen[first.worst or '']}) |"
         ) in text
         assert (
-            "| l2 omega-bound (estimate), served | 0.236 | 0.407 | 0.58 ± 0.02 "
+            "| l2 omega-bound (estimate), served | 0.236 | 0.407 | 0.579 ± 0.020 "
             "| 1 of 60, at most 8.94% (95%) |" in text
         )
         assert "| unbounded attack succeeds | failed | 100% at an unbounded budget | 97% (n = 60) |" in text

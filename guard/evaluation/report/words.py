@@ -130,7 +130,7 @@ def detection(found: Detection | None) -> str:
 
 def tightness(audit: RadiusAudit) -> str:
     """Mean radius over mean distance with its 95% interval."""
-    return f"{audit.tightness:.2f} ± {1.96 * audit.tightness_error:.2g}"
+    return f"{audit.tightness:.3f} ± {1.96 * audit.tightness_error:.3f}"
 
 
 def duration(seconds: float) -> str:
