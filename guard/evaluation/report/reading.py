@@ -217,21 +217,25 @@ def read(folder: Path) -> Evaluation:
             f"{folder / CLEAN_FILE}: holds {count} images, {path} speaks of {results.images}. They belong to "
             "different runs; run guard evaluate again."
         )
-    attacks = tuple(_attacked(folder, result, clean, judged) for result in results.attacks)
-    denials = tuple(_attacked(folder, result, clean, judged) for result in results.over_rejection)
+    right = clean["logits"].argmax(axis=1) == clean["label"]
+    attacks, denials = (
+        tuple(_attacked(folder, result, clean, right, judged) for result in some)
+        for some in (results.attacks, results.over_rejection)
+    )
     return Evaluation(folder, results, clean, attacks, denials, _aimed(folder, count))
 
 
-def _attacked(folder: Path, result: AttackResult, clean: Arrays, judged: Sequence[str]) -> Attacked:
+def _attacked(
+    folder: Path, result: AttackResult, clean: Arrays, right: Flags, judged: Sequence[str]
+) -> Attacked:
     """One attack with its arrays; raises `DataError` where they are not those of the results."""
-    arrays, count = load_arrays(folder / result.file, (*ARRAYS, *judged)), len(clean["label"])
+    arrays, count = load_arrays(folder / result.file, (*ARRAYS, *judged)), len(right)
     rows = arrays["row"]
     if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
         raise DataError(
             f"{folder / result.file}: its rows are not the {result.n} of {count} images that "
             f"{folder / RESULTS} speaks of. They belong to different runs; run guard evaluate again."
         )
-    right = clean["logits"].argmax(axis=1) == clean["label"]
     judged_by = f"accepted_{result.aware}"
     eligible = right & clean[judged_by] if judged_by in clean else right
     return Attacked(result, arrays, _considered(rows, eligible, result))
