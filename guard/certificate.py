@@ -183,8 +183,5 @@ def omega_radius(margin: ArrayLike, gradient_norm: ArrayLike, table: OmegaTable)
     cells = np.where(crossing > below, np.minimum(crossing, table.eps), 0.0)
     radius = cells.max(axis=1)
     if table.relative:
-        scale = first_order_radius(m, g)
-        radius = np.where(
-            np.isinf(scale), np.where(radius > 0, np.inf, 0.0), radius * np.where(usable, scale, 0.0)
-        )
+        radius = np.multiply(radius, first_order_radius(m, g), out=np.zeros_like(m), where=radius > 0)
     return np.asarray(np.where(usable, np.minimum(radius, table.reach[bins]), 0.0), dtype=np.float64)

@@ -24,6 +24,12 @@ def test_runner_up_margin() -> None:
     assert certificate.runner_up_margin([[1.0, 5.0, 3.0], [2.0, 2.0, 0.0]]) == pytest.approx([2.0, 0.0])
 
 
+def test_runner_up_margin_of_any_number_of_classes() -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 10))
+    ordered = np.sort(rows, axis=1)
+    assert (certificate.runner_up_margin(rows) == ordered[:, -1] - ordered[:, -2]).all()
+
+
 def test_linear_model_has_no_remainder_and_the_exact_distance() -> None:
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(2, 12))
@@ -51,6 +57,21 @@ def test_relative_table_scales_with_the_image() -> None:
     relative = table([[0.0, 0.25, 1.0]], eps=np.array([0.25, 0.5, 1.0]), relative=True)
     margin, gradient = np.array([2.0, 4.0, 1.0]), np.array([1.0, 1.0, 4.0])
     assert certificate.omega_radius(margin, gradient, relative) == pytest.approx(0.5 * margin / gradient)
+
+
+def test_without_a_gradient_a_relative_table_states_its_reach_or_nothing() -> None:
+    eps = np.array([0.25, 0.5, 1.0])
+    high, low = (
+        table([[1.5, 1.6, 1.7]], eps=eps, relative=True),
+        table([[0.5, 1.6, 1.7]], eps=eps, relative=True),
+    )
+    assert certificate.omega_radius([2.0, 2.0], [0.0, 1.0], high).tolist() == [0.0, 0.0]
+    assert certificate.omega_radius([2.0, 2.0], [0.0, 1.0], low).tolist() == [100.0, 0.5]
+
+
+def test_the_lipschitz_bound_by_hand() -> None:
+    assert certificate.l_bound([3.0, 0.0, np.nan, -1.0], 2.0).tolist() == [1.5, 0.0, 0.0, 0.0]
+    assert certificate.l_bound([3.0], 0.0).tolist() == [0.0], "nothing is known of a slope of 0"
 
 
 def test_nothing_is_stated_beyond_the_grid_or_the_reach() -> None:
@@ -115,6 +136,7 @@ def test_radius_satisfies_the_bound_and_is_monotone(
         {"values": np.zeros((1, 4)), "eps": np.array([2.0, 1.0, 3.0, 4.0])},
         {"values": np.zeros((1, 4)), "eps": np.array([0.0, 1.0, 3.0, 4.0])},
         {"values": np.zeros((1, 4)), "reach": np.array([np.inf])},
+        {"values": np.zeros((2, 4)), "edges": np.ones(1), "reach": np.array([-1.0, 1.0])},
         {"values": np.zeros((1, 0)), "eps": np.zeros(0)},
     ],
 )

@@ -138,6 +138,16 @@ def test_what_the_first_attack_misses_is_looked_for_inside_every_radius(
     assert np.isinf(found[clean.margin / clean.gradient_l2 < 1.0001 * exact("l2")]).all()
 
 
+def test_of_random_directions_the_largest_remainder_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Detector(networks.convolutional(classes=3, scale=20.0), provider="cpu")
+    four = random_remainders(model, networks.images(20), "l2")["remainder"]
+    monkeypatch.setattr(audit, "DIRECTIONS", 1)
+    first = random_remainders(model, networks.images(20), "l2")["remainder"]
+    assert (first >= 0).all()
+    assert (four >= first).all()
+    assert (four > first).any(axis=1).mean() > 0.5, "three more directions, and one of them is worse"
+
+
 def test_random_perturbations_see_next_to_nothing_of_omega() -> None:
     model = Detector(networks.convolutional(classes=3, scale=20.0), provider="cpu")
     table = random_omega(random_remainders(model, networks.images(40), "l2"))

@@ -50,20 +50,20 @@ def _standing(
 ) -> Standing:
     taken = clean["right"] & clean[f"accepted_{score}"]
     by_attack: dict[str, Flags] = {}
+    left = taken.copy()
     alone = np.asarray(clean["right"], np.bool_).copy()
     shortest = len(taken)
     for one in finished:
         result, wrong = one.result, one.within(norm, budget)
         fell = by_attack.setdefault(result.name, np.zeros(len(taken), np.bool_))
         fell[one.arrays["row"][wrong & one.arrays[f"accepted_{score}"]]] = True
+        left &= ~fell
         alone[one.arrays["row"][wrong]] = False
         aimed = result.norm == norm and result.aware in (None, score)
         if aimed and (result.budget is None or result.budget <= budget):
             shortest = min(shortest, int(result.settings["images"]))
-    fallen = np.any(list(by_attack.values()), axis=0) if by_attack else np.zeros(len(taken), np.bool_)
     counts = {name: int((fell & taken).sum()) for name, fell in by_attack.items()}
     ranked = dict(sorted(((n, c) for n, c in counts.items() if c), key=lambda item: (-item[1], item[0])))
-    left = taken & ~fallen
     return Standing(
         score=score,
         norm=norm,
