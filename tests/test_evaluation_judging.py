@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from guard.attacks import Floats, Found
+from guard.bundle import ScoreName
 from guard.data import to_floats
 from guard.decision import Guard
 from guard.evaluation.attack import Task
@@ -13,7 +14,8 @@ from guard.evaluation.results import MEASURED
 from guard.evaluation.target import Target
 from guard.settings import Policy
 from guard.stages import Arrays
-from tests.serving import write_bundle
+from tests.guards import guard_of
+from tests.serving import model, write_bundle
 from tests.test_evaluation_run import attack, colours, straight
 
 DATA = colours(5)
@@ -50,10 +52,51 @@ def test_of_a_control_every_image_is_judged(judge: Judge) -> None:
     assert np.isfinite(arrays["ratio_jacobian"]).all()
 
 
+def test_what_is_lost_in_files(judge: Judge) -> None:
+    level = np.sqrt(128) / 255
+    # Red over green by 20, 60 and 80 levels: 30.3 levels each make the middle ones wrong by 0.6, which
+    # rounding to 30 takes back.
+    found = straight(Target(None), IMAGES, LABELS, 30.3 * level, 0)  # type: ignore[arg-type]
+    arrays = judge(Task(attack(), 2.0), IMAGES, LABELS, found)
+    assert arrays["success"].tolist() == [True, True, False, False, True]
+    assert arrays["lost"].tolist() == [False, True, False, False, True]
+    # Accepted again by rounding 7.4 levels to 7: the strip in which the detector rejects begins between.
+    found = straight(Target(None), IMAGES, LABELS, 7.4 * level, 0)  # type: ignore[arg-type]
+    arrays = judge(Task(attack(aware="jacobian"), 2.0, denial=True), IMAGES, LABELS, found)
+    assert arrays["success"].tolist() == [True, True, False, False, True]
+    assert arrays["lost"].tolist() == [False, True, False, False, True]
+
+
+def test_a_report_gets_the_jacobian_whatever_the_score() -> None:
+    plain = guard_of(model(), "jacobian", 3.0)
+    other = guard_of(model(), "margin-gradient", 3.0)
+    expected = plain.measure(IMAGES).jacobian
+    assert not np.allclose(other.measure(IMAGES).jacobian, expected)
+    everything = Found(IMAGES, np.ones(5, np.bool_), np.zeros(5))
+    guards: list[dict[ScoreName, Guard]] = [
+        {"margin-gradient": other, "jacobian": plain},
+        {"margin-gradient": other},
+    ]
+    for some in guards:
+        target = Target(plain.detector, some)
+        arrays = judged(target, Task(attack(), None), IMAGES, LABELS + 1, everything)
+        assert arrays["jacobian"] == pytest.approx(expected)
+
+
+def test_lengths_count_but_for_an_attack_with_a_measure_of_its_own(judge: Judge) -> None:
+    found = straight(Target(None), IMAGES, LABELS, 2.0, 0)  # type: ignore[arg-type]
+    claimed = Found(found.images, found.success, np.full(5, 7.0))
+    beaten = [True, True, True, False, True]
+    for norm, distance in (("l2", 2.0), (None, 7.0)):
+        arrays = judge(Task(attack(norm=norm), None), IMAGES, LABELS, claimed)
+        assert arrays["distance"] == pytest.approx(np.where(beaten, distance, np.inf))
+    assert not judge(Task(attack(), 1.9), IMAGES, LABELS, claimed)["success"].any(), "beyond its budget"
+
+
 def test_no_image_at_all(judge: Judge) -> None:
     none = Found(IMAGES[:0], np.zeros(0, np.bool_), np.zeros(0))
     arrays = judge(Task(attack(), 2.0), IMAGES[:0], LABELS[:0], none)
-    assert {"success", "wrong", "passes", "accepted_jacobian", *MEASURED} <= arrays.keys()
+    assert {"success", "lost", "wrong", "passes", "accepted_jacobian", *MEASURED} <= arrays.keys()
     assert {len(values) for values in arrays.values()} == {0}
 
 

@@ -66,6 +66,8 @@ def test_an_auroc_at_an_end_has_an_interval_too() -> None:
     assert 0.85 < lower < 0.95
     assert upper == 1.0
     assert auroc_interval(0.0, 20, 30) == pytest.approx((0.0, 1 - lower))
+    # Of one each the variance is a (1 - a), and 1 - a = 1.96 sqrt(a (1 - a)) at a = 1 / (1 + 1.96^2).
+    assert auroc_interval(1.0, 1, 1)[0] == pytest.approx(1 / (1 + 1.96**2))
 
 
 def test_a_folder_without_results_says_how_to_make_them(tmp_path: Path) -> None:

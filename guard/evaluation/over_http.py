@@ -194,7 +194,7 @@ def size(shift: Floats, norm: Norm) -> float:
 
 
 def rounded(point: Floats) -> Upload:
-    """The nearest upload (C, H, W) to a point, inside the box."""
+    """The nearest upload to a point, of the same shape, inside the box."""
     return np.clip(np.rint(point * TOP_LEVEL), 0, TOP_LEVEL).astype(np.uint8)
 
 

@@ -94,6 +94,8 @@ class AttackResult(Record):
     `settings["skipped"]`, which cheaper attacks had broken: of a dear attack that knows the detector the
     share is one of what was left, the harder images. Where none was left, n is 0 and `success` None.
 
+    `in_files`: of the successes, the share that are one when rounded to 8 bits a value, as image files are,
+    whether or not rounding carries them beyond the budget; None where there are none.
     `false_alarms`, of controls alone: of the images that are still right, the share that each score rejects.
     """
 
@@ -111,6 +113,7 @@ class AttackResult(Record):
     distance: Summary | None
     passes: float
     seconds: float
+    in_files: Share | None = None
     detection: dict[ScoreName, Detection] = Field(default_factory=dict)
     false_alarms: dict[ScoreName, Share] = Field(default_factory=dict)
     file: str

@@ -52,7 +52,7 @@ from guard.evaluation.results import (
     share,
     summary,
 )
-from guard.evaluation.target import Target, Values
+from guard.evaluation.target import Flags, Target, Values
 from guard.files import atomic_open, locked, provenance, write_bytes, write_text
 from guard.guarded import GRAPH_VERSION
 from guard.progress import Progress, duration
@@ -436,6 +436,7 @@ class _Run:
                 progress.advance(len(rows) * attack.passes, attack.name)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
+            lost = arrays.pop("lost")
             details = {
                 "images": self.settings.count(attack),
                 "skipped": len(eligible) - len(rows),
@@ -444,7 +445,7 @@ class _Run:
                 **twin,
                 **keywords,
             }
-            result = self._result(task, arrays, seconds, details)
+            result = self._result(task, arrays, lost, seconds, details)
             _save(self.out / result.file, arrays)
             (self.denied if task.denial else self.finished).append(Finished(result, arrays))
 
@@ -460,7 +461,9 @@ class _Run:
         arrays: Arrays = {"row": none, "image": images, "seconds": np.zeros(0)}
         return arrays | judged(self.target, task, images, none, found)
 
-    def _result(self, task: Task, arrays: Arrays, seconds: float, details: dict[str, Any]) -> AttackResult:
+    def _result(
+        self, task: Task, arrays: Arrays, lost: Flags, seconds: float, details: dict[str, Any]
+    ) -> AttackResult:
         attack, success = task.attack, arrays["success"]
         right = ~arrays["wrong"]
         return AttackResult(
@@ -478,6 +481,7 @@ class _Run:
             distance=summary(arrays["distance"]) if task.budget is None else None,
             passes=float(arrays["passes"].mean()) if len(success) else 0.0,
             seconds=seconds,
+            in_files=share(~lost[success]) if success.any() else None,
             detection={} if task.denial else self._detection(arrays),
             false_alarms={
                 score: share(~arrays[f"accepted_{score}"][right])

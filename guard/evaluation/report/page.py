@@ -116,10 +116,17 @@ def _verdict(both: Sequence[Evaluation]) -> str:
         parts.append(f"<p>{escape(refused)}</p>")
     if results.over_rejection:
         rows = [
-            [words.attack(one), one.title, words.share(one.success), words.median(one.distance), one.source]
+            [
+                words.attack(one),
+                one.title,
+                words.share(one.success),
+                words.share(one.in_files),
+                words.median(one.distance),
+                one.source,
+            ]
             for one in results.over_rejection
         ]
-        head = ("attack", "title", "clean images made rejected", "median distance", "source")
+        head = ("attack", "title", "clean images made rejected", "in files", "median distance", "source")
         parts.append(_table("The other way round: clean images that an attack makes rejected", head, rows))
     parts.append(_checks(evaluation))
     parts.append(_radii(both))
@@ -288,7 +295,7 @@ def _figures(
 
 
 def _attacks(both: Sequence[Evaluation]) -> str:
-    head = ["attack", "title", "budget", "knows", "success", "median distance", "mean distance"]
+    head = ["attack", "title", "budget", "knows", "success", "in files", "median; mean distance"]
     head += ["forward passes", "time", "source"]
     parts = []
     for evaluation in both:
@@ -299,8 +306,10 @@ def _attacks(both: Sequence[Evaluation]) -> str:
                 f"{words.at(one.budget, one.norm)}{'' if one.unit == 'pixel values' else ', ' + one.unit}",
                 one.knowledge + (f", evades {one.aware}" if one.aware else ""),
                 words.success(one),
-                words.median(one.distance),
-                words.mean(one.distance),
+                words.share(one.in_files),
+                f"{words.median(one.distance)}; {words.mean(one.distance)}"
+                if one.distance
+                else words.MISSING,
                 words.number(one.passes),
                 words.duration(one.seconds),
                 one.source,
@@ -312,7 +321,8 @@ def _attacks(both: Sequence[Evaluation]) -> str:
     note = (
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
         "accepts, and succeed where the image is wrong and accepted; dear ones are spared the images that "
-        "cheaper attacks broke, so theirs is of the harder rest. Forward passes are means.</p>"
+        "cheaper attacks broke, so theirs is of the harder rest. In files: of the successes, those that are "
+        "one when rounded to 256 levels a value. Forward passes are means.</p>"
     )
     return note + "".join(parts)
 
@@ -408,7 +418,8 @@ def _methods(evaluation: Evaluation) -> str:
             (
                 "Lengths of the perturbation in pixels of the model's input, which lie in [0, 1], as those "
                 "of attacked images do. These are not rounded to 256 levels, which grants the attacker more "
-                "than a file would; attacks over HTTP send files."
+                "than a file would: the table of attacks says how many successes remain one when rounded. "
+                "Attacks over HTTP send files."
             ),
         ),
         (
