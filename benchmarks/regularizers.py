@@ -323,6 +323,7 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
             "largest_jacobian_norm": float(jacobian.max()),
             "mean_loss_gradient": dumped(slopes),
             "largest_loss_gradient": float(slopes.max()),
+            "precision": source.config["settings"]["precision"],
             "train_seconds": epochs[-1]["seconds"],
             "train_accuracy": epochs[-1].get("train_accuracy"),
             "provenance": source.config["provenance"],
@@ -448,6 +449,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"{distance['l2']['median_upper']:.3f}] | {distance['l2']['mean']:.3f} "
             f"| {distance['linf']['median']:.4f} | {entry['train_seconds'] / 60:.0f} |"
         )
+    made: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        made.setdefault(f"{entry['hardware']}, trained in {entry['precision']}", []).append(name)
+    lines += ["", *(f"- {how}: {', '.join(names)}" for how, names in made.items())]
     lines += ["", "Robust accuracy under PGD-20 alone, and what the papers have:"]
     for budgets in (BUDGETS, DIGITS):
         names = [f"{norm} {name}" for norm, _, name in budgets]

@@ -6,14 +6,26 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 BINARIES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
+STARTS, START_SECONDS = 3, 60
 
 
 def binary() -> str:
@@ -27,45 +39,47 @@ def binary() -> str:
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator["Page"]:
-    """One page of a fresh browser whose files go to `profile`."""
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--no-first-run",
-        "--hide-scrollbars",
-        "--remote-debugging-port=0",
-        f"--user-data-dir={profile}",
-    ]
-    process = subprocess.Popen([binary(), *options, "about:blank"], stderr=subprocess.DEVNULL)
+def browser(folder: Path) -> Iterator["Page"]:
+    """One page of a fresh browser whose files go into `folder`."""
+    process, port = _started(folder)
     loop = asyncio.new_event_loop()
     try:
-        port = int(_when(lambda: (profile / "DevToolsActivePort").read_text()).split()[0])
         page = Page(loop)
         loop.run_until_complete(page.open(port))
         yield page
         loop.run_until_complete(page.close())
     finally:
-        process.terminate()
-        process.wait(10)
+        _stop(process)
         loop.close()
 
 
-def _when(read: Callable[[], str], seconds: float = 30) -> str:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if text := read():
-                return text
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            raise TimeoutError("the browser did not start")
-        time.sleep(0.05)
+def _started(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A browser that listens, and its port. On a busy machine one start may hang: then another is made."""
+    said = []
+    for attempt in range(STARTS):
+        profile = folder / str(attempt)
+        profile.mkdir()
+        with (profile / "stderr").open("wb") as stderr:
+            command = [binary(), *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
+            process = subprocess.Popen(command, stdout=stderr, stderr=stderr)
+        deadline = time.monotonic() + START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                if lines := (profile / "DevToolsActivePort").read_text().split():
+                    return process, int(lines[0])
+            time.sleep(0.05)
+        _stop(process)
+        said.append(f"exit {process.returncode}: {(profile / 'stderr').read_text(errors='replace')[-2000:]}")
+    raise RuntimeError("\n".join(["the browser did not start:", *said]))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Page:
