@@ -131,7 +131,7 @@ class Page:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 20) -> None:
+    def until(self, expression: str, seconds: float = 60) -> None:
         """Waits until an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(expression):

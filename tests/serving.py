@@ -176,7 +176,7 @@ def serving(bundle: Path, folder: Path, **settings: str) -> Iterator[Server]:
         stop(process)
 
 
-def wait(server: Server, seconds: float = 60) -> None:
+def wait(server: Server, seconds: float = 180) -> None:
     """Returns once the server is ready."""
     deadline = time.monotonic() + seconds
     while not _is_ready(server.url):
@@ -196,7 +196,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a server and everything it started."""
     process.terminate()
     try:
-        process.wait(20)
+        process.wait(60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -494,9 +495,11 @@ def test_more_uploads_than_there_is_room_for_get_429(bundle: Path) -> None:
 
     async def scenario() -> tuple[httpx.Response, list[httpx.Response], httpx.Response]:
         gate = asyncio.Event()
+        begun: list[int] = []
 
         async def held() -> AsyncIterator[bytes]:
             yield CAT[:10]
+            begun.append(1)
             await gate.wait()
             yield CAT[10:]
 
@@ -506,7 +509,8 @@ def test_more_uploads_than_there_is_room_for_get_429(bundle: Path) -> None:
                 asyncio.create_task(session.post("/classify", content=held(), headers=headers))
                 for _ in range(2)
             ]
-            await asyncio.sleep(0.05)
+            while len(begun) < 2:
+                await asyncio.sleep(0.01)
             refused = await session.post("/classify", content=CAT, headers=headers)
             gate.set()
             served = list(await asyncio.gather(*slow))
@@ -523,16 +527,19 @@ def test_an_answer_that_takes_too_long_is_504_and_the_next_is_served(bundle: Pat
     client = Client(worker)
     guard = worker.guard
     decide = guard.classify
+    gate = threading.Event()
 
     def slowly(images: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
-        time.sleep(0.2)
+        gate.wait(60)
         return decide(images)
 
     guard.classify = slowly  # type: ignore[method-assign]
-    response = client.classify(CAT)
+    try:
+        response = client.classify(CAT)
+    finally:
+        gate.set()
     assert (response.status_code, error_of(response)["code"]) == (504, "timeout")
-    guard.classify = decide  # type: ignore[method-assign]
-    time.sleep(0.25)
+    worker.settings = replace(worker.settings, timeout=60)
     assert client.classify(CAT).status_code == 200
 
 
@@ -540,14 +547,15 @@ def test_decodings_that_outlive_their_requests_keep_their_places(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    client = Client(loaded(bundle, timeout=0.2))
+    worker = loaded(bundle, timeout=0.2)
+    client = Client(worker)
     gate = threading.Event()
     begun = []
     decode = images.decode
 
     def held(*arguments: Any, **options: Any) -> Any:
         begun.append(1)
-        gate.wait(10)
+        gate.wait(60)
         return decode(*arguments, **options)
 
     monkeypatch.setattr(images, "decode", held)
@@ -557,7 +565,7 @@ def test_decodings_that_outlive_their_requests_keep_their_places(
             headers = {"content-type": "image/png"}
             posts = [await session.post("/classify", content=CAT, headers=headers) for _ in range(5)]
             gate.set()
-            await asyncio.sleep(0.2)
+            worker.settings = replace(worker.settings, timeout=60)
             posts.append(await session.post("/classify", content=CAT, headers=headers))
             return [response.status_code for response in posts]
 

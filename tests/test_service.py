@@ -74,7 +74,7 @@ def test_importing_the_service_imports_neither_torch_nor_scipy_nor_reads_a_bundl
     code = "import sys, guard.service, guard.decision; print(*sys.modules)"
     environment = clean_environment() | {"GUARD_MODEL": "/nowhere", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=True
     )
     assert not {"torch", "scipy"} & set(done.stdout.split())
 
@@ -228,7 +228,7 @@ def test_one_request_cannot_write_many_log_lines(server: Server) -> None:
     assert len(server.lines()) - before < 5
 
 
-def until(look: Any, seconds: float = 10) -> Any:
+def until(look: Any, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline
@@ -250,7 +250,7 @@ def test_a_second_server_keeps_its_own_metrics_and_ends_with_all_its_processes(
     assert "guard_accepted_total 1.0" not in ours
     assert "guard_accepted_total" in ours
     assert second.process.returncode == 0
-    assert psutil.wait_procs(found, timeout=5)[1] == []
+    assert psutil.wait_procs(found, timeout=60)[1] == []
 
 
 def test_clients_that_left_do_not_delay_the_end(bundle: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
     }
     for (process, log), words in cases.items():
         try:
-            assert process.wait(60) == 1, log.read_text()
+            assert process.wait(180) == 1, log.read_text()
         finally:
             stop(process)
         text = log.read_text()
