@@ -1,9 +1,11 @@
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -78,6 +80,7 @@ def attack(run: Any = straight, **changes: Any) -> Attack:
     return Attack(**(fields | changes))
 
 
+TRANSFER = attack(name="transfer-l2", knowledge="another network")
 BUDGETS: Any = {"l2": (2.0, 2.5, 3.0)}
 SETTINGS = Settings(budgets=BUDGETS, quick=True)
 
@@ -95,10 +98,26 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("evaluated") / "other")
 
 
-def evaluated(folder: Path, out: Path, *attacks: Attack, **changes: Any) -> Results:
-    settings = replace(SETTINGS, **changes)
+def evaluated(
+    folder: Path,
+    out: Path,
+    *attacks: Attack,
+    denials: Sequence[Attack] = (),
+    twin: str | None = None,
+    joined: Sequence[Path] = (),
+    **changes: Any,
+) -> Results:
     return evaluate(
-        folder, colours(), out, tasks_of(attacks), settings, provider="cpu", threads=1, silent=True
+        folder,
+        colours(),
+        out,
+        tasks_of(attacks, denials),
+        replace(SETTINGS, **changes),
+        provider="cpu",
+        threads=1,
+        twin=twin,
+        joined=joined,
+        silent=True,
     )
 
 
@@ -280,16 +299,7 @@ def test_an_attack_with_no_image_left_was_run(other_folder: Path, tmp_path: Path
 def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Path, tmp_path: Path) -> None:
     # Every accepted image meets the strip on its way, one at a distance of its own.
     denial = attack(name="denial-l2", aware="jacobian", budgets=(2.0,))
-    results = evaluate(
-        other_folder,
-        colours(),
-        tmp_path / "out",
-        tasks_of([], [denial]),
-        SETTINGS,
-        provider="cpu",
-        threads=1,
-        silent=True,
-    )
+    results = evaluated(other_folder, tmp_path / "out", denials=[denial])
     (found,) = results.over_rejection
     assert (found.n, broken_by(found)) == (12, 12)
     assert results.attacks == []
@@ -400,6 +410,62 @@ def test_attacks_added_later_leave_finished_ones_alone(other_folder: Path, tmp_p
     third = evaluated(other_folder, out)
     assert third.attacks == second.attacks
     assert third.standing == second.standing
+
+
+def test_attacks_made_elsewhere_are_joined(other_folder: Path, tmp_path: Path) -> None:
+    def never(*_: Any) -> Found:
+        raise AssertionError("it was made elsewhere")
+
+    def run(name: str, *attacks: Attack, denials: Sequence[Attack] = (), **options: Any) -> Results:
+        return evaluated(other_folder, tmp_path / name, *attacks, denials=denials, quick=False, **options)
+
+    first, second, denial = attack(), attack(name="later-l2", aware="jacobian"), attack(name="denial-l2")
+    run("one", first, attack(refusing, name="queer-l2"))
+    run("two", first, second, denials=[denial])
+    both = run("both", first, second, denials=[denial])
+    *attacks, last = (replace(one, run=never) for one in (first, second, denial))
+    joined = run("one", *attacks, denials=[last], joined=[tmp_path / "two"])
+    assert [(one.name, one.budget) for one in joined.attacks] == [
+        (one.name, one.budget) for one in both.attacks
+    ]
+    assert [one.name for one in joined.over_rejection] == ["denial-l2"] * 3
+    assert (joined.standing, joined.radii) == (both.standing, both.radii)
+    assert [one.name for one in joined.left_out] == ["queer-l2"]
+    shutil.rmtree(tmp_path / "two")
+    assert run("one").attacks == joined.attacks
+    new = run("new", *attacks, denials=[last], joined=[tmp_path / "one", tmp_path / "both"])
+    assert new.standing == both.standing
+
+
+def test_a_file_that_is_broken_here_is_taken_from_elsewhere(other_folder: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for out in (here, there):
+        results = evaluated(other_folder, out, attack())
+    (here / results.attacks[1].file).write_bytes(b"PK")
+    joined = evaluated(other_folder, here, attack(refusing), joined=[there])
+    assert {one.budget for one in joined.attacks} == {2.0, 2.5, 3.0}
+    assert evaluated(other_folder, here).standing == results.standing
+
+
+def test_what_cannot_be_joined_is_refused_and_nothing_written(other_folder: Path, tmp_path: Path) -> None:
+    def join(*names: str, twin: str | None = None) -> None:
+        folders = [tmp_path / name for name in names]
+        evaluated(other_folder, tmp_path / "out", attack(), joined=folders, twin=twin)
+
+    for name in ("one", "two"):
+        transfer = replace(TRANSFER, name=f"transfer-{name}-l2")
+        evaluated(other_folder, tmp_path / name, transfer, twin=f"sha256:{name}")
+    evaluated(other_folder, tmp_path / "seed", attack(), seed=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"^--join .*empty: holds no evaluation\. Give the --out of another"):
+        join("one", "empty")
+    with pytest.raises(UsageError, match=r"^--join .*seed: holds an evaluation with other seed: 1, now 0"):
+        join("one", "seed")
+    with pytest.raises(UsageError, match=r"^--join .*two: .* another twin: sha256:two, now sha256:one"):
+        join("one", "two")
+    with pytest.raises(UsageError, match=r"^--join .*one: .* another twin: sha256:one, now sha256:two"):
+        join("one", twin="sha256:two")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_what_is_not_done_yet_is_announced(
@@ -555,12 +621,10 @@ def test_an_attack_of_the_same_name_with_other_settings_is_refused(
 
 
 def test_attacks_made_on_another_network_keep_to_it(other_folder: Path, tmp_path: Path) -> None:
-    tasks = tasks_of([attack(name="transfer-l2", knowledge="another network")])
-    given = (other_folder, colours(), tmp_path / "out", tasks, SETTINGS)
-    results = evaluate(*given, provider="cpu", threads=1, twin="sha256:1", silent=True)
+    results = evaluated(other_folder, tmp_path / "out", TRANSFER, twin="sha256:1")
     assert {one.settings["twin"] for one in results.attacks} == {"sha256:1"}
     with pytest.raises(UsageError, match="holds attacks made on another twin: sha256:1, now sha256:2"):
-        evaluate(*given, provider="cpu", threads=1, twin="sha256:2", silent=True)
+        evaluated(other_folder, tmp_path / "out", TRANSFER, twin="sha256:2")
 
 
 def slow(folder: Path, out: Path) -> None:

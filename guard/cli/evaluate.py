@@ -50,8 +50,9 @@ reported second: they say little of attackers who do. Checks for masked
 gradients and an audit of the radii follow. Read RESULTS with guard report.
 
 A run that was stopped goes on when the same command is given again; attacks
-added later leave finished ones as they are. Groups of attacks (guard
-evaluate --attacks list shows every attack and its cost):
+added later leave finished ones as they are, and --join takes in what other
+processes or machines finished. Groups of attacks (guard evaluate --attacks
+list shows every attack and its cost):
   default       noise, FGSM, PGD, APGD, FMN, high confidence, joint PGD, denial;
                 with --twin transfer
   gradient      the strongest image within a budget, by gradients
@@ -117,6 +118,14 @@ guard evaluate --attacks list""",
         help="an undefended bundle, whose attacks are tried on this one",
     )
     parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RESULTS",
+        help="results folders with the same settings, whose finished attacks are taken in",
+    )
+    parser.add_argument(
         "--seed", type=_whole, default=0, metavar="N", help="of images and attacks (default: 0)"
     )
     parser.add_argument(
@@ -156,6 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
             provider=arguments.provider,
             threads=arguments.threads,
             twin=None if twin is None else twin.digest,
+            joined=arguments.join,
             command=_command(arguments),
             arguments=arguments_of(arguments),
         )
@@ -259,6 +269,8 @@ def _command(arguments: argparse.Namespace) -> str:
     words += ["--quick"] * arguments.quick
     if arguments.twin:
         words += ["--twin", str(arguments.twin)]
+    if arguments.join:
+        words += ["--join", *map(str, arguments.join)]
     if arguments.seed:
         words += ["--seed", str(arguments.seed)]
     return shlex.join([*words, "--out", str(arguments.out)])

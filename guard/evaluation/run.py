@@ -119,6 +119,7 @@ def evaluate(
     provider: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = 0,
     twin: str | None = None,
+    joined: Sequence[Path] = (),
     command: str = "",
     arguments: Mapping[str, Any] | None = None,
     silent: bool = False,
@@ -127,15 +128,17 @@ def evaluate(
 
     Images are those of the calibration's report fold where `dataset` is the data it was calibrated on, else
     all, with a warning; in an order that the seed fixes. What `out` holds of an earlier run with the same
-    bundle, data, scores, images and seed is kept and not computed again. `twin` is the digest of the network
-    that attacks of transfer are made on. An attack that cannot take the model, or whose package is not
-    installed, is left out with a warning; the first, unless no other is asked for.
+    bundle, data, scores, images and seed is kept and not computed again, and so is what the results folders
+    `joined` hold. `twin` is the digest of the network that attacks of transfer are made on. An attack that
+    cannot take the model, or whose package is not installed, is left out with a warning; the first, unless no
+    other is asked for.
 
     Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
-    `UsageError` where `out` holds something else or another run is writing there, and for a task that knows a
-    score that is not judged, `BundleError` for the bundle, and what `Detector` raises, or the only attack.
+    `UsageError` where `out` or a joined folder holds something else, where another run is writing to `out`,
+    and for a task that knows a score that is not judged, `BundleError` for the bundle, and what `Detector`
+    raises, or the only attack.
     """
-    run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, command, arguments or {})
+    run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, joined, command, arguments)
     whole = run.out.resolve()
     lock = whole.with_name(f".{whole.name}.lock")
     with locked(lock, f"--out {out}: another guard evaluate is writing there"):
@@ -154,14 +157,15 @@ class _Run:
         provider: Literal["auto", "cpu", "cuda"],
         threads: int,
         twin: str | None,
+        joined: Sequence[Path],
         command: str,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Any] | None,
     ) -> None:
         self.found = bundles.load(folder, graph_version=GRAPH_VERSION)
         self.calibration = self.found.calibrated()
         self.dataset, self.out, self.settings = dataset, out, settings
-        self.provider, self.threads, self.twin = provider, threads, twin
-        self.command, self.arguments = command, arguments
+        self.provider, self.threads, self.twin, self.joined = provider, threads, twin, joined
+        self.command, self.arguments = command, arguments or {}
         self.policy = Policy.from_environment()
         served = self.calibration.score
         self.scores: list[ScoreName] = list(dict.fromkeys((served, *settings.scores)))
@@ -252,45 +256,78 @@ class _Run:
         }
 
     def _take_up(self) -> None:
-        """Takes finished attacks from the results folder; raises where they are of something else."""
-        path, now = self.out / SETTINGS, self._identity()
+        """Takes finished attacks from the results folder and the joined ones; raises where they are of
+        something else.
+        """
+        path = self.out / SETTINGS
+        begun = path.is_file()
+        if not begun and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UsageError(f"--out {self.out}: holds files but no evaluation. Choose a new folder.")
+        folders = [(f"--out {self.out}", self.out)] * begun
+        folders += [(f"--join {folder}", folder) for folder in self.joined]
+        for where, folder in folders:
+            self._check_settings(where, folder)
+        twin, copied = self.twin, []
+        for where, folder in folders:
+            for one in self._take(folder):
+                made_on = one.result.settings.get("twin")
+                twin = twin or made_on
+                if made_on not in (None, twin):
+                    raise UsageError(
+                        f"{where}: holds attacks made on another twin: {_short(made_on)}, now "
+                        f"{_short(twin)}. Choose another folder."
+                    )
+                copied += [one] * (folder is not self.out)
+        if not begun:
+            write_text(path, json.dumps(self._identity(), indent=1) + "\n")
+        for one in copied:
+            _save(self.out / one.result.file, one.arrays)
+        if self.finished or self.denied:
+            log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
+
+    def _check_settings(self, where: str, folder: Path) -> None:
+        """Raises where a results folder's settings are others, or cannot be read."""
+        path = folder / SETTINGS
         if not path.is_file():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise UsageError(f"--out {self.out}: holds files but no evaluation. Choose a new folder.")
-            write_text(path, json.dumps(now, indent=1) + "\n")
-            return
+            raise UsageError(f"{where}: holds no evaluation. Give the --out of another guard evaluate.")
         try:
             before = dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path}: holds no settings that can be read ({error}). Evaluate again into a new folder."
             ) from error
-        for name, value in now.items():
+        for name, value in self._identity().items():
             if before.get(name) != value:
                 raise UsageError(
-                    f"--out {self.out}: holds an evaluation with other {name}: {_short(before.get(name))}, "
+                    f"{where}: holds an evaluation with other {name}: {_short(before.get(name))}, "
                     f"now {_short(value)}. Choose another folder, or give the same settings."
                 )
-        if not (self.out / RESULTS).is_file():
-            return
-        results = load(self.out)
+
+    def _take(self, folder: Path) -> list[Finished]:
+        """Takes what is finished in a folder and not yet taken from another."""
+        if not (folder / RESULTS).is_file():
+            return []
+        results = load(folder)
         needed = (*ARRAYS, *(f"accepted_{score}" for score in self.scores))
+        taken = []
         for some, into in ((results.attacks, self.finished), (results.over_rejection, self.denied)):
+            done = {(one.result.name, one.result.budget) for one in into}
             for one in some:
+                if (one.name, one.budget) in done:
+                    continue
                 try:
-                    into.append(Finished(one, load_arrays(self.out / one.file, needed)))
+                    finished = Finished(one, load_arrays(folder / one.file, needed))
                 except DataError as error:
                     log.warning(
                         "%s counts no longer, and is run again where it is asked for: %s", one.name, error
                     )
-        self.left_out = {one.name: one.reason for one in results.left_out}
-        twins = {one.result.settings.get("twin") for one in self.finished} - {None}
-        if self.twin is not None and twins - {self.twin}:
-            raise UsageError(
-                f"--out {self.out}: holds attacks made on another twin: {_short(*twins)}, now "
-                f"{_short(self.twin)}. Choose another folder."
-            )
-        log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
+                    continue
+                into.append(finished)
+                taken.append(finished)
+        names = {one.result.name for one in (*self.finished, *self.denied)}
+        left_out = {one.name: one.reason for one in results.left_out} | self.left_out
+        self.left_out = {name: reason for name, reason in left_out.items() if name not in names}
+        return taken
 
     def _compare(self, attack: Attack, before: AttackResult) -> None:
         """Raises where a finished attack of this name has other settings."""
