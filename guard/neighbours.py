@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import DataError
+from guard.interrupts import interruptible
 from guard.progress import Progress
 
 Norm = Literal["l2", "linf"]
@@ -211,7 +212,7 @@ def _nearest_linf(pixels: Bytes, labels: NDArray[np.int64]) -> tuple[Steps, Step
 
     threads = os.cpu_count() or 1
     with Progress(count, "compare images") as progress, ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(search, chunks):
+        for done in interruptible(pool.map(search, chunks)):
             progress.advance(done)
     return nearest[0], nearest[1]
 

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from guard import offline, tables
     from guard.decision import Guard
     from guard.errors import UsageError
+    from guard.interrupts import interruptible
     from guard.progress import Progress
 
     words = list(arguments.inputs)
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         tables.writer(stream, kind) as write,
         Progress(sum(map(len, given)), "certify") as progress,
     ):
-        for row in offline.classify(guard, given):
+        for row in interruptible(offline.classify(guard, given)):
             write(row.record())
             counts[row.verdict] += 1
             progress.advance()

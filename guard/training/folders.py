@@ -21,6 +21,7 @@ from guard import images as uploads
 from guard.archives import FORMAT
 from guard.data import Dataset, Split
 from guard.errors import DataError, ImageError, UsageError
+from guard.interrupts import interruptible
 from guard.progress import track
 from guard.training import augment
 
@@ -202,7 +203,7 @@ def _readable(path: Path, decode: Any) -> Any:
 def _sizes(paths: Sequence[Path], name: str) -> set[tuple[int, int]]:
     """The sizes (width, height) that occur, from the headers of all files."""
     with ThreadPoolExecutor(16) as pool:
-        return set(track(pool.map(_size, paths), f"look at {name}", total=len(paths)))
+        return set(track(interruptible(pool.map(_size, paths)), f"look at {name}", total=len(paths)))
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from guard import files
 from guard.data import Dataset
 from guard.errors import DataError, TrainingError, UsageError
+from guard.interrupts import stop_requests
 from guard.progress import Progress
 from guard.training import architectures, checkpoint, curves, distributed, grammar, schedules
 from guard.training.batches import Batches, checked, evaluation, prepare, worker_failures
@@ -84,7 +84,7 @@ def train(
         _no_tf32(settings.precision),
         worker_failures(),
         closing(batches),
-        _stop_requests() as stop,
+        stop_requests(insistent=distributed.world_size() == 1) as stop,  # torchrun sends several
     ):
         with distributed.together():
             model = _network(config).to(device)
@@ -472,31 +472,6 @@ def _no_tf32(precision: Precision) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[signal.Signals]]:
-    """Inside, SIGINT and SIGTERM are entered into the list that is yielded, for the loop to look at.
-
-    A second one stops at once, in a single process; torchrun sends several by itself. Python takes signals in
-    the main thread only: in another, nothing changes.
-    """
-    asked: list[signal.Signals] = []
-
-    def ask(number: int, _: object) -> None:
-        if asked and distributed.world_size() == 1:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number))
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
