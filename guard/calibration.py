@@ -158,6 +158,11 @@ def rescored(
     return run.rescored(old, stages)
 
 
+def rescoring_work(folds: Mapping[str, Int64]) -> int:
+    """What `rescored` takes at most, about, in passes that give one gradient for one image."""
+    return round(_PASS * (2 * len(folds["threshold"]) + len(folds["radii"]) + len(folds["report"])))
+
+
 def _check(dataset: Dataset, found: Bundle, settings: Settings) -> None:
     shape = found.manifest.input
     data.check_shape(dataset, (shape.channels, shape.height, shape.width))
@@ -210,9 +215,9 @@ class _Run:
             + conformal * self._nearest()
         )
         rows = min(effort.row_images, len(folds["radii"])) * self._rows()
-        scores = _PASS * (2 * len(folds["threshold"]) + len(folds["radii"]) + len(folds["conformal"]))
+        scores = rescoring_work(folds) + _PASS * len(folds["conformal"])
         agreement = 4 * self._agreement_images() * self.detector.num_classes
-        return round(2 * per_norm + rows + scores + _PASS * len(folds["report"]) + agreement)
+        return round(2 * per_norm + rows + scores + agreement)
 
     def _screening(self) -> float:
         ascent = self.effort.starts * (self.effort.steps // 2 + 1) + 1

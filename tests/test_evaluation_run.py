@@ -20,7 +20,7 @@ from guard import bundle, data
 from guard.attacks import Floats, Found, Labels, length, pgd
 from guard.bundle import ScoreName
 from guard.calibration import Settings as CalibrationSettings
-from guard.calibration import calibrate, rescored
+from guard.calibration import calibrate, rescored, rescoring_work
 from guard.data import Dataset
 from guard.errors import DataError, UsageError
 from guard.evaluation.attack import Attack, Task, tasks_of
@@ -717,7 +717,8 @@ def test_another_score_is_calibrated_as_if_it_were_served(
 ) -> None:
     score: ScoreName = "combined"
     found = bundle.load(calibrated)
-    with Stages(tmp_path / "x", {}, Progress(0, "", silent=True)) as stages:
+    work = rescoring_work(data.folds(len(noise), found.calibrated().seed))
+    with Stages(tmp_path / "x", {}, progress := Progress(work, "", silent=True)) as stages:
         made = rescored(found, noise, score, stages, provider="cpu")
     served = calibrate(
         make_bundle(tmp_path / "net", network),
@@ -732,6 +733,7 @@ def test_another_score_is_calibrated_as_if_it_were_served(
         assert getattr(made, name) == getattr(served, name), name
     old = found.calibrated()
     assert (made.l2, made.linf) == (old.l2, old.linf)
+    assert 0.7 < progress.count / work < 1.3
 
 
 def test_every_score_has_a_headline_of_its_own(calibrated: Path, noise: Dataset, tmp_path: Path) -> None:

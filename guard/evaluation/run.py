@@ -23,7 +23,7 @@ from guard import bundle as bundles
 from guard import data
 from guard.attacks import Floats, Found, Labels, Norm
 from guard.bundle import Bundle, Calibration, ScoreName
-from guard.calibration import rescored
+from guard.calibration import rescored, rescoring_work
 from guard.certificate import OmegaTable
 from guard.data import Dataset
 from guard.decision import NORMS, Guard
@@ -364,8 +364,9 @@ class _Run:
             kept = Calibration.model_validate_json(path.read_bytes())
             if kept.model_sha256 == self.calibration.model_sha256:
                 return kept
+        work = rescoring_work(data.folds(len(self.dataset), self.calibration.seed))
         with (
-            Progress(0, f"calibrate {score}", silent=silent) as progress,
+            Progress(work, f"calibrate {score}", silent=silent) as progress,
             self._stages(f"calibrate {score}", progress) as stages,
         ):
             found = rescored(
