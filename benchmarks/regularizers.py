@@ -150,6 +150,14 @@ ROWS |= {
             ),
             "MANIFOLD and HAMMING plot its robustness curves only",
         ),
+        (
+            "stability-hamming-ramped",
+            (
+                f"stability:weight=0.8..8@0.2..0.8,{_DIGITS}",
+                f"hamming:weight=2400..24000@0.2..0.8,{_DIGITS}",
+            ),
+            "the papers' weights; as the row above",
+        ),
         ("adversarial-linf", ("adversarial-linf:eps=0.3",), ""),
     )
 }
@@ -346,6 +354,11 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
                 ).success
             entry["robust_accuracy"][f"{norm} {name}"] = share(standing).model_dump()
             progress.advance(1, f"PGD {norm} {name}")
+        entry["accuracy_at_corners"] = {
+            name: share(at_corners(model, images, eps).argmax(axis=1) == truth).model_dump()
+            for norm, eps, name in row.budgets
+            if norm == "linf"
+        }
         entry["distance"] = {}
         for norm in ("l2", "linf"):
             found = [
@@ -356,6 +369,14 @@ def measure(row: Row, run: Path, scale: Scale, device: str) -> dict[str, Any]:
             progress.advance(1, f"minimum norm {norm}")
     entry["measure_seconds"] = time.perf_counter() - begun
     return entry
+
+
+def at_corners(model: Model, images: Floats, eps: float) -> Floats:
+    """Logits (B, K) at random corners of the cube around each image, where `stability` and `hamming` look."""
+    corner = np.random.default_rng(0).choice(np.array([-eps, eps], np.float32), size=images.shape)
+    return np.concatenate(
+        [model.logits(images[rows] + corner[rows]) for rows in pieces(np.arange(len(images)))]
+    )
 
 
 def pieces(rows: NDArray[np.intp]) -> list[NDArray[np.intp]]:
@@ -467,6 +488,21 @@ def markdown(result: dict[str, Any]) -> str:
         for name, entry in rows.items():
             cells = [words.share(Share(**found)) for found in entry["robust_accuracy"].values()]
             lines.append(f"| {name} | {' | '.join(cells)} | {entry['paper']} |")
+    looked = {
+        name: entry["accuracy_at_corners"]
+        for name, entry in entries.items()
+        if "accuracy_at_corners" in entry
+    }
+    if looked:
+        lines += [
+            "",
+            "Accuracy at random corners of the cube of half-width eps around each image (n as above):",
+            "",
+        ]
+        lines += [
+            f"- {name}: {', '.join(f'{eps}: {words.share(Share(**found))}' for eps, found in one.items())}"
+            for name, one in looked.items()
+        ]
     lines += [
         "",
         "How much farther away attacks are than on the undefended network: as LIPGEN's Table 5 predicts",
