@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "guard"
 
 # Lowest first. A sub-package stands as one entry; its modules may import one another, without cycles.
 LAYERS = (
-    ("", "errors", "plots", "progress"),
+    ("", "errors", "interrupts", "plots", "progress"),
     (
         "batching",
         "certificate",
