@@ -71,6 +71,35 @@ def test_no_gradient_is_found_out() -> None:
     assert random.numbers["random alone"] >= 30
 
 
+class RightAtStart(Masked):
+    """The same decisions, whose gradient leads astray everywhere but at the images given."""
+
+    def __init__(self, images: Floats) -> None:
+        super().__init__(1.0)
+        self.images = images
+
+    def loss_gradient(self, images: Floats, labels: Labels, loss: Any) -> tuple[Floats, Floats, Floats]:
+        logits, value, gradient = super().loss_gradient(images, labels, loss)
+        shift = np.abs(images[:, np.newaxis] - self.images).max(axis=(2, 3, 4)).min(axis=1)
+        return (
+            logits,
+            value,
+            np.where(shift[:, np.newaxis, np.newaxis, np.newaxis] < 1e-6, gradient, -gradient),
+        )
+
+
+def test_a_gradient_that_is_right_at_the_image_alone_is_found_out() -> None:
+    images, labels = images_at(*np.linspace(0.55, 0.59, 60))
+    checks = by_name(
+        masking.checks([], masking.probe(RightAtStart(images), images, labels, BUDGETS), BUDGETS)
+    )
+    for norm in ("l2", "linf"):
+        assert checks[f"more steps are stronger, {norm}"].verdict == "failed"
+        once = checks[f"many steps beat one, {norm}"]
+        assert once.verdict == "failed"
+        assert once.found.startswith("60 of 60 images")
+
+
 def test_random_search_is_not_run_on_what_pgd_broke() -> None:
     images, labels = images_at(0.52)
     probed = masking.probe(linear_model(), images, labels, BUDGETS)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,19 @@ def test_answers_in_process_are_the_decisions(guard: Guard, caplog: pytest.LogCa
         assert answer["accepted"] == decision.accepted
         assert answer["detector"]["score"] == pytest.approx(decision.detector.score, rel=1e-5)
         assert answer["request_id"]
+
+
+def test_uploads_are_not_resized(guard: Guard) -> None:
+    preprocessing = guard.bundle.manifest.preprocessing.model_copy(update={"resize": 3 * max(SHAPE)})
+    manifest = guard.bundle.manifest.model_copy(update={"preprocessing": preprocessing})
+    resizing = Guard(replace(guard.bundle, manifest=manifest), guard.detector, guard.policy)
+    uploads = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype(np.uint8)
+    decisions = guard.classify(uploads.astype(np.float32) / np.float32(255))
+    with over_http.in_process(resizing) as query:
+        answers = query(list(uploads))
+    assert [answer["certificate"]["margin"] for answer in answers] == pytest.approx(
+        [decision.certificate.margin for decision in decisions], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)

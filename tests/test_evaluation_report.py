@@ -256,7 +256,23 @@ class TestPage:
         assert "certified" not in ours
 
     def test_a_score_that_no_attack_knows_is_marked(self, evaluation: Evaluation) -> None:
-        assert "No attack of the run knows radius: with this score an attacker" in text_of(page(evaluation))
+        assert "No attack of the run knows radius: an attacker" in text_of(page(evaluation))
+
+    def test_a_budget_at_which_no_attack_knows_the_score_is_marked(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        aware = [one for one in record["attacks"] if one["aware"] == "jacobian" and one["norm"] == "l2"]
+        budgets = sorted({one["budget"] for one in aware if one["budget"] is not None})
+        assert len(budgets) > 1
+        assert "knows jacobian" not in text_of(page(read(copied(folder, tmp_path / "all", **record))))
+        left = [one for one in record["attacks"] if one not in aware or one["budget"] == budgets[0]]
+        fewer = read(copied(folder, tmp_path / "fewer", **(record | {"attacks": left})))
+        warning = (
+            f"No attack of the run knows jacobian at {', '.join(f'l2 {budget:g}' for budget in budgets[1:])}"
+        )
+        assert f"{warning}: an attacker who does" in text_of(page(fewer))
+        assert any(warning in sentence for sentence in findings.headline(fewer))
 
 
 class TestWords:
@@ -284,7 +300,8 @@ class TestWords:
         assert words.error(found) == words.share(share_of(1, 10))
 
     def test_a_median_may_be_infinite(self) -> None:
-        assert words.middle(np.array([1.0, np.inf, np.inf])).startswith("∞ [1, ∞]")
+        assert words.middle(np.array([1.0, 1.0, 1.0, np.inf, np.inf, np.inf, np.inf])) == "∞ [1, ∞] (n = 7)"
+        assert words.middle(np.array([1.0, 2.0, np.inf])) == "2 (n = 3)", "no interval from so few"
         assert words.middle(np.array([])) == "–"
         assert words.middle(np.arange(1.0, 101.0)) == "50.5 [41, 61] (n = 100)"
 
@@ -311,6 +328,14 @@ class TestTables:
         budgets = [one for one in evaluation.results.attacks if one.budget is not None]
         assert tables.lipgen_2([changed(evaluation, attacks=budgets)]).rows[-1].cells[1] == "–"
 
+    def test_a_perturbation_as_long_as_the_budget_is_within_it(
+        self, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # What is left of 2/255 when it is added to an image and taken away again, in float32.
+        distances = np.full(len(evaluation.right), 2 / 255 + 2.9e-8)
+        monkeypatch.setattr(Evaluation, "nearest", lambda self, norm: distances)
+        assert tables.scale_1([evaluation]).rows[-1].cells[3].startswith("100.0%")
+
     def test_hamming_1_names_what_is_not_built(self, evaluation: Evaluation) -> None:
         ours = tables.hamming_1([evaluation]).rows[-1]
         assert ours.cells[1:6] == ("–",) * 5
@@ -334,6 +359,19 @@ class TestTables:
         evaluation = read(copied(folder, tmp_path / "r", attacks=record["attacks"]))
         assert tables.manifold_1([evaluation]).rows[-1].cells[:2] == ("–", "–")
         assert tables.hamming_1([evaluation]).rows[-1].cells[1:3] == ("–", "–")
+
+    def test_an_evasive_attack_that_was_spared_images_is_not_shown(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        evaluation = read(copied(folder, tmp_path / "whole", attacks=record["attacks"]))
+        shown = tables.source_of(evaluation, "evasive CW")
+        assert shown is not None
+        assert shown.result.aware == "jacobian"
+        for one in record["attacks"]:
+            one["settings"]["skipped"] = 3
+        spared = read(copied(folder, tmp_path / "spared", attacks=record["attacks"]))
+        assert tables.source_of(spared, "evasive CW") is None
 
     def test_the_longer_carlini_wagner_is_shown(self, folder: Path, tmp_path: Path) -> None:
         record = json.loads((folder / RESULTS).read_text())

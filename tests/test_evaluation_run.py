@@ -481,7 +481,7 @@ def test_only_what_is_not_done_yet_is_announced(
     assert "attacks to run" not in caplog.text
     assert capsys.readouterr().err == ""
     evaluated(other_folder, out, attack(name="later-l2", passes=30))
-    assert "attacks to run: 1, each at its budgets; at most 1.4e+03 forward passes" in caplog.text
+    assert "attacks to run: 1, each at its budgets; at most 2e+03 forward passes" in caplog.text
 
 
 @pytest.mark.parametrize("content", [None, b"PK"])
@@ -569,17 +569,31 @@ def test_other_settings_are_refused(
         evaluated(other_folder, out, attack(), seed=1)
     with pytest.raises(UsageError, match="with other images: 20, now 7"):
         evaluated(other_folder, out, attack(), images=7)
-    monkeypatch.setattr("guard.evaluation.run.VERSION", 3)
-    with pytest.raises(UsageError, match="with other version: 2, now 3"):
+    monkeypatch.setattr("guard.evaluation.run.VERSION", 4)
+    with pytest.raises(UsageError, match="with other version: 3, now 4"):
         evaluated(other_folder, out, attack())
     kept = json.loads((out / "settings.json").read_text())
-    (out / "settings.json").write_text(json.dumps(kept | {"provider": "cuda", "version": 3}))
+    (out / "settings.json").write_text(json.dumps(kept | {"provider": "cuda", "version": 4}))
     with pytest.raises(UsageError, match="with other provider: cuda, now cpu"):
         evaluated(other_folder, out, attack())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UsageError, match="holds files but no evaluation"):
         evaluated(other_folder, tmp_path / "mine", attack())
+
+
+def test_no_two_attacks_share_a_seed(other_folder: Path, tmp_path: Path) -> None:
+    seeds = []
+
+    def noting(*given: Any) -> Found:
+        seeds.append(given[-1])
+        return straight(*given)
+
+    evaluated(other_folder, tmp_path / "out", attack(noting), attack(noting, name="other-l2"))
+    assert len(set(seeds)) == len(seeds) == 6
+    again, seeds[:] = seeds[:], []
+    evaluated(other_folder, tmp_path / "again", attack(noting), attack(noting, name="other-l2"))
+    assert seeds == again
 
 
 def test_one_folder_is_written_by_one_run_at_a_time(other_folder: Path, tmp_path: Path) -> None:

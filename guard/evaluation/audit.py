@@ -74,8 +74,7 @@ def radii(
 def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, served: bool) -> RadiusAudit:
     """The audit of one kind of radius: `values` (n,) against the nearest attack at `distance` (n,), n >= 1.
 
-    Violations have a one-sided 95% Clopper-Pearson bound (`upper`). Means and tightness are over images for
-    which an attack was found and the radius is finite.
+    Violations have a one-sided 95% Clopper-Pearson bound (`upper`).
     """
     count, n = int((distance < values).sum()), len(values)
     usable = np.isfinite(distance) & np.isfinite(values)
@@ -88,6 +87,7 @@ def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, ser
         method=radius.method,
         served=served,
         violations=Share(count=count, n=n, value=count / n, upper=statistics.clopper_pearson_upper(count, n)),
+        found=int(usable.sum()),
         mean_radius=mean_radius,
         mean_distance=mean_distance,
         tightness=tightness,

@@ -35,15 +35,25 @@ def probe(
     """What the checks need that the attacks of an evaluation do not tell, per image (B,).
 
     `NORM-STEPS`: success of PGD on the logit margin, from the image alone, with so many steps, at the norm's
-    budget. `NORM-random`: whether one of `DRAWS` random perturbations of that length is wrong, looked at
-    where the longest PGD failed. `unbounded`: success of PGD in the linf ball of radius 1, which holds every
-    image. Attacked images stay in [0, 1].
+    budget, in steps of 2.5 budgets over their number: were the first as long as the budget, every count would
+    hold the one step. `NORM-random`: whether one of `DRAWS` random perturbations of that length is wrong,
+    looked at where the longest PGD failed. `unbounded`: success of PGD in the linf ball of radius 1, which
+    holds every image. Attacked images stay in [0, 1].
     """
     found: Arrays = {}
     for norm, eps in budgets.items():
         for steps in STEPS:
             found[f"{norm}-{steps}"] = attacks.pgd(
-                model, images, labels, eps, norm=norm, steps=steps, restarts=1, clip=True, seed=seed
+                model,
+                images,
+                labels,
+                eps,
+                norm=norm,
+                steps=steps,
+                restarts=1,
+                rate=2.5 / steps,
+                clip=True,
+                seed=seed,
             ).success
         rows = np.flatnonzero(~found[f"{norm}-{STEPS[-1]}"])
         found[f"{norm}-random"] = np.zeros(len(images), np.bool_)

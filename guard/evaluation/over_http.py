@@ -14,7 +14,7 @@ import io
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -96,15 +96,21 @@ def http_query(client: "Callable[[], httpx.AsyncClient]") -> Query:
 
 @contextmanager
 def in_process(guard: Guard) -> Iterator[Query]:
-    """The application around this guard, asked without a network; its log of requests is silent meanwhile."""
+    """The application around this guard, asked without a network; its log of requests is silent meanwhile.
+
+    Uploads have the model's own size and are taken as they are, whatever size the bundle resizes others to.
+    """
     import httpx
 
     from guard.http import Edge
     from guard.routes import PATHS, Routes
     from guard.worker import Settings, Worker
 
+    manifest = guard.bundle.manifest
+    as_they_are = manifest.preprocessing.model_copy(update={"resize": None})
+    bundle = replace(guard.bundle, manifest=manifest.model_copy(update={"preprocessing": as_they_are}))
     settings = Settings(max_batch=TOGETHER)
-    worker = Worker.of(guard, settings)
+    worker = Worker.of(Guard(bundle, guard.detector, guard.policy), settings)
     routes = Routes(lambda: worker)
     application = Edge(
         routes.application(),

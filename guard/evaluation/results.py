@@ -155,6 +155,8 @@ class Check(Record):
 class RadiusAudit(Record):
     """A radius under the union of all attacks: the share of images attacked strictly inside, and tightness
     (mean radius over mean smallest distance that any attack found) with the standard error of that ratio.
+
+    Means and tightness are over the `found` images for which an attack was found and the radius is finite.
     """
 
     norm: Norm
@@ -162,6 +164,7 @@ class RadiusAudit(Record):
     method: str
     served: bool
     violations: Share
+    found: int | None = None
     mean_radius: float
     mean_distance: float
     tightness: float

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 
 from guard import bundle as bundles
 from guard import data
-from guard.attacks import Floats, Found, Labels, Norm
+from guard.attacks import FORWARD, Floats, Found, Labels, Norm
 from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import rescored, rescoring_work
 from guard.certificate import OmegaTable
@@ -29,6 +30,7 @@ from guard.data import Dataset
 from guard.decision import NORMS, Guard
 from guard.errors import BundleError, DataError, UsageError
 from guard.evaluation import audit, masking, standing
+from guard.evaluation.adaptive import JUDGED
 from guard.evaluation.attack import BUDGETS, Attack, Task
 from guard.evaluation.judging import judged, measured_at, within_range
 from guard.evaluation.results import (
@@ -62,7 +64,7 @@ from guard.stages import PIECE, Arrays, Stages
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
 not mixed with."""
 
@@ -223,7 +225,8 @@ class _Run:
             if not attack.installed:
                 self._leave_out(attack, attack.wanting)
         left = [task for task in left if task.attack.installed]
-        total = sum(len(self._eligible(task)) * task.attack.passes for task in left) + self._last_passes()
+        total = sum(len(self._eligible(task)) * self._cost(task.attack) for task in left)
+        total += self._last_passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
             names = [task.attack.name for task in left]
@@ -436,14 +439,22 @@ class _Run:
             broken.append(one.arrays["row"][fell])
         return np.setdiff1d(rows, np.concatenate(broken))
 
+    def _cost(self, attack: Attack) -> int:
+        """Passes per image at most, with those that judging it takes."""
+        return attack.passes + FORWARD + JUDGED * (len(self.scores) + 1)
+
+    def _seed(self, name: str, part: Labels) -> int:
+        """Of a piece of an attack's images: attacks that shared one would start at the same points."""
+        return zlib.crc32(f"{self.settings.seed} {name} {part[0]}".encode())
+
     def _attack(self, task: Task, progress: Progress) -> None:
         attack = task.attack
         eligible = self._eligible(task)
         if attack.name in self.left_out:
-            progress.advance(len(eligible) * attack.passes, attack.name)
+            progress.advance(len(eligible) * self._cost(attack), attack.name)
             return
         rows = self._open(task, eligible)
-        progress.advance((len(eligible) - len(rows)) * attack.passes, attack.name)
+        progress.advance((len(eligible) - len(rows)) * self._cost(attack), attack.name)
         if not len(eligible):
             log.info("%s: no image is right and accepted", task.name)
             return
@@ -451,7 +462,7 @@ class _Run:
         def piece(part: Labels) -> Arrays:
             images, labels = self._pixels(part), self.labels[part]
             started = time.perf_counter()
-            seed = 1009 * self.settings.seed + int(part[0])
+            seed = self._seed(task.name, part)
             found = attack.run(self.target, images, labels, task.budget, seed)
             shown = part < GALLERY
             attacked = within_range(found.images[shown], images[shown])
@@ -464,14 +475,13 @@ class _Run:
         with self._stages(task.name, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             try:
-                arrays = stages.run(attack.name, rows, piece, cost=attack.passes, size=size) or self._spared(
-                    task
-                )
+                arrays = stages.run(attack.name, rows, piece, cost=self._cost(attack), size=size)
+                arrays = arrays or self._spared(task)
             except (UsageError, DataError) as error:  # it cannot take this model, or these images
                 if self.alone:
                     raise
                 self._leave_out(attack, str(error))
-                progress.advance(len(rows) * attack.passes, attack.name)
+                progress.advance(len(rows) * self._cost(attack), attack.name)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
             lost = arrays.pop("lost")
@@ -623,7 +633,7 @@ class _Run:
         def piece(part: Labels) -> Arrays:
             images = self._pixels(part)
             measured = guard.measure(images)
-            seed = 1009 * self.settings.seed + int(part[0])
+            seed = self._seed(f"radii {norm}", part)
             distance = audit.attacks_inside(
                 self.target, self.found, images, measured, norm, restarts=restarts, seed=seed
             )
@@ -661,12 +671,13 @@ class _Run:
         return self._kept(f"omega-random-{norm}.npz", "radius", "remainder")
 
     def _random_omega(self, norm: Norm, progress: Progress) -> OmegaTable:
+        name = f"random omega {norm}"
+
         def piece(part: Labels) -> Arrays:
             images = data.to_floats(self.dataset.images[part])
-            seed = 1009 * self.settings.seed + int(part[0])
+            seed = self._seed(name, part)
             return audit.random_remainders(self.target.model, images, norm, seed=seed)
 
-        name = f"random omega {norm}"
         kept = self._kept_remainders(norm)
         if not kept:
             with self._stages(name, progress) as stages:

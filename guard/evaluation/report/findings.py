@@ -87,7 +87,6 @@ def headline(evaluation: Evaluation) -> list[str]:
     """What stands under all attacks by the served score, a sentence per norm, and what to make of it."""
     results = evaluation.results
     score = results.served
-    aware = knowing(evaluation, score)
     said = []
     if results.outstanding:
         said.append(
@@ -110,16 +109,25 @@ def headline(evaluation: Evaluation) -> list[str]:
         clean = next((one.clean for one in results.standing if one.score == score), None)
         rejected = words.share(results.rejected.get(score))
         said.append(f"The same without attack: {words.share(clean)}. Clean images rejected: {rejected}.")
-    if not aware:
-        said.append(
-            f"No attack of the run knows the score {score}: an attacker who does will leave less standing."
-        )
-    elif any(one.norm not in _norms_known(evaluation, score) for one in results.standing):
-        said.append(
-            f"Attacks that know {score} were run in {', '.join(sorted(_norms_known(evaluation, score)))} "
-            "only: elsewhere a knowing attacker will leave less standing."
-        )
+    if unknown := unknowing(evaluation, score):
+        said.append(unknown)
     return said
+
+
+def unknowing(evaluation: Evaluation, score: ScoreName) -> str:
+    """At which budgets no attack of the run knows the score, in a sentence; empty where one does at all."""
+    if not knowing(evaluation, score):
+        where = ""
+    else:
+        missing = [
+            words.at(one.budget, one.norm)
+            for one in evaluation.results.standing
+            if one.score == score and not evaluation.sought(one.norm, one.budget, aware=score)
+        ]
+        if not missing:
+            return ""
+        where = f" at {', '.join(missing)}"
+    return f"No attack of the run knows {score}{where}: an attacker who does will leave less standing."
 
 
 def leading(evaluation: Evaluation) -> list[Standing]:
@@ -129,10 +137,6 @@ def leading(evaluation: Evaluation) -> list[Standing]:
         if one.score == evaluation.results.served:
             first.setdefault(one.norm, one)
     return [first[norm] for norm in sorted(first)]
-
-
-def _norms_known(evaluation: Evaluation, score: ScoreName) -> set[str]:
-    return {one.norm for one in evaluation.results.attacks if one.aware == score and one.norm is not None}
 
 
 def price(evaluation: Evaluation) -> list[str]:

@@ -192,14 +192,8 @@ def _standing(both: Sequence[Evaluation]) -> str:
         of = f"{name}: " if len(both) > 1 else ""
         head += [f"{of}under attack", f"{of}without"]
     columns = "".join(f"<th>{escape(text)}</th>" for text in [*head, "worst attack (images)"])
-    unknown = [score for score in both[0].results.scores if not findings.knowing(both[0], score)]
-    warning = (
-        f'<p class="warn">No attack of the run knows {escape(" or ".join(unknown))}: with '
-        f"{'this score' if len(unknown) == 1 else 'these scores'} an attacker who does will leave less "
-        "standing.</p>"
-        if unknown
-        else ""
-    )
+    unknown = [findings.unknowing(both[0], score) for score in both[0].results.scores]
+    warning = "".join(f'<p class="warn">{escape(sentence)}</p>' for sentence in unknown if sentence)
     return (
         "<h3>Robust accuracy with rejection: right and accepted under all attacks of the run</h3>"
         f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'

@@ -15,7 +15,7 @@ from guard.bundle import Share
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import Attacked, Evaluation, Flags
 from guard.evaluation.report.words import MISSING
-from guard.evaluation.results import share
+from guard.evaluation.results import ROUNDING, share
 
 MANY_CLASSES = 1000
 """From so many classes on, SCALE counts an image as wrong where its class is not among the top five."""
@@ -65,8 +65,11 @@ def source_of(evaluation: Evaluation, kind: str) -> Attacked | None:
         "CW": find("cw-l2", "cw", "carliniwagner", norm="l2"),
         "evasive CW": [
             one
-            for one in find("evasive", norm="l2") + find("joint", norm="l2")[::-1]
-            if one.result.aware == "jacobian"
+            for one in find("evasive", norm="l2")
+            + find("joint", norm="l2")[::-1]
+            + find("high-confidence", norm="l2")[::-1]
+            # What cheaper attacks left are the hardest images.
+            if one.result.aware == "jacobian" and not one.result.settings.get("skipped")
         ],
     }[kind]
     return next((one for one in found if one.success.any()), None)
@@ -120,7 +123,8 @@ def lipgen_6(evaluations: Sequence[Evaluation]) -> Table:
             (
                 "PGD, Boundary and CW know nothing of the detector: only the last column speaks of an "
                 "attacker who does. Shares are of the attacks that succeeded, which an evasive one only does "
-                "where it is accepted. Where no evasive CW was run, a joint attack stands in."
+                "where it is accepted. Where no evasive CW was run, another attack stands in that knows the "
+                "detector and was spared no image."
             ),
         ),
     )
@@ -210,8 +214,8 @@ def scale_1(evaluations: Sequence[Evaluation]) -> Table:
 
 _RADIUS_NOTES = (
     (
-        "Theirs is the bound on the probability margin, ours on the logit margin; both are fitted estimates, "
-        "neither is a certificate. Ours at a budget is by the strongest radius served, which the cell names."
+        "Theirs is the bound on the probability margin, ours on the logit margin; both are fitted, and none "
+        "is a certificate. Ours at a budget is by the strongest radius served, which the cell names."
     ),
 )
 _TOP_5 = (
@@ -227,7 +231,7 @@ def _many(evaluations: Sequence[Evaluation]) -> bool:
 def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
     if not evaluation.sought(norm, eps):
         return MISSING
-    lost = evaluation.nearest(norm) <= eps * (1 + 1e-6)
+    lost = evaluation.nearest(norm) <= eps * (1 + ROUNDING) + ROUNDING
     return words.share(share(lost))
 
 
@@ -244,7 +248,7 @@ def _top5(evaluation: Evaluation, eps: float) -> Share:
     label = evaluation.clean["label"]
     lost = ~_among_five(evaluation.clean["logits"], label)
     for attack in evaluation.attacks:
-        within = attack.wrong & (attack.lengths("linf") <= eps * (1 + 1e-6))
+        within = attack.wrong & (attack.lengths("linf") <= eps * (1 + ROUNDING) + ROUNDING)
         rows = attack.rows[within]
         lost[rows] |= ~_among_five(attack.arrays["logits"][within], label[rows])
     return share(lost)
@@ -271,7 +275,7 @@ def scale_2(evaluations: Sequence[Evaluation]) -> Table:
 
         distance = MISSING
         if audits:
-            distance = f"{words.number(audits[0].mean_distance)} (n = {audits[0].violations.n})"
+            distance = f"{words.number(audits[0].mean_distance)} (n = {audits[0].found or MISSING})"
         l_bound = mean("l-bound") if mean("l-bound") != MISSING else mean("lipschitz")
         yield "", [words.error(evaluation.results.accuracy), l_bound, mean("omega"), distance]
 
@@ -339,7 +343,7 @@ def scale_3(evaluations: Sequence[Evaluation]) -> Table:
         (
             (
                 "Theirs is the margin of probabilities, at most 1; ours that of logits: not comparable. Our "
-                "ω is fitted per bin of the slope, so there is no single one (see the calibration)."
+                "ω is fitted per bin of the first-order radius: there is no single one (see the calibration)."
             ),
         ),
     )

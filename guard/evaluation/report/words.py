@@ -13,7 +13,7 @@ MISSING = "–"
 
 KINDS = {
     "estimate": "fitted, no certificate; a stronger attack may succeed inside",
-    "conformal": "holds against the attacks it was fitted to, at its rate; no certificate",
+    "conformal": "broken at its rate by the attacks it was fitted to, on average; no certificate",
     "probabilistic": "certified with the stated probability",
     "sound": "certified: proven",
 }
@@ -143,12 +143,18 @@ def duration(seconds: float) -> str:
 
 
 def middle(values: NDArray[np.float64]) -> str:
-    """The median of distances, infinite ones included, with its 95% interval by order statistics."""
+    """The median of distances, infinite ones included, with its 95% interval by order statistics.
+
+    Fewer than six values have no such interval.
+    """
     ordered = np.sort(values)
     n = len(ordered)
     if not n:
         return MISSING
+    median = number(float(ordered[n // 2] + ordered[(n - 1) // 2]) / 2)
+    if n < 6:
+        return f"{median} (n = {n})"
     spread = 0.98 * n**0.5
     low, high = max(0, math.floor(n / 2 - spread)), min(n - 1, math.ceil(n / 2 + spread))
     ends = f"{number(float(ordered[low]))}, {number(float(ordered[high]))}"
-    return f"{number(float(ordered[n // 2] + ordered[(n - 1) // 2]) / 2)} [{ends}] (n = {n})"
+    return f"{median} [{ends}] (n = {n})"
