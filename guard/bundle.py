@@ -140,7 +140,8 @@ class ExtremeFit(Record):
 class ConformalScale(Record):
     """Finite-sample scale of a radius: P(some attack of `suite` succeeds inside kappa * radius) <= alpha.
 
-    The last two figures are measured on report images, to which nothing was fitted.
+    The last two figures are measured on report images, to which nothing was fitted. The promise is for images
+    that the detector accepts, on average over calibration sets, for this scale by itself.
     """
 
     alpha: Probability

@@ -144,9 +144,10 @@ def rescored(
 ) -> Calibration:
     """What the bundle's calibration would be for another score: new thresholds, at the same promised rate.
 
-    `dataset` must be the one the bundle was calibrated on, so that folds and images are the same; radii and
-    the bound of Jacobian rows, which do not hang on the score, stay. Raises `BundleError` where the bundle is
-    not calibrated, `CalibrationError` where the score's numbers are unusable.
+    `dataset` must be the one the bundle was calibrated on, so that folds and images are the same. The bound
+    of Jacobian rows stays, and so do the radii, though conformal scales and violations are of images that the
+    bundle's own score accepts. Raises `BundleError` where the bundle is not calibrated, `CalibrationError`
+    where the score's numbers are unusable.
     """
     old = found.calibrated()
     settings = Settings(

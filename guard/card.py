@@ -43,7 +43,8 @@ def calibration_section(calibration: Calibration) -> str:
         "",
         f"On {data['n']} images of `{data['name']}` (sha256 `{data['digest']}`), split into the folds "
         + ", ".join(f"{name} ({size})" for name, size in calibration.folds.items())
-        + f" with seed {calibration.seed}. Figures come from the report fold, to which nothing was fitted.",
+        + f" with seed {calibration.seed}. Figures come from the report fold, to which nothing "
+        "was fitted; they are too kind where settings were chosen after looking at them.",
         "",
         f"    {_command(calibration.provenance.get('arguments', {}))}",
         "",

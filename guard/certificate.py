@@ -60,7 +60,8 @@ class Radius:
     """One stated radius of one image, with what it rests on.
 
     `violation_rate` is the measured share of held-out images attacked successfully inside such a radius and
-    `violation_upper` its 95% Clopper-Pearson bound; `alpha` belongs to conformal and probabilistic radii.
+    `violation_upper` its 95% Clopper-Pearson bound, None where not measured; `alpha` belongs to conformal and
+    probabilistic radii.
     """
 
     radius: float

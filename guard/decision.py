@@ -324,8 +324,14 @@ class Guard:
         largest = self._tables[norm].reach.max()
         first_order = first_order_radius(measurement.margin, slope)
         for scale in calibration.conformal:
+            attacked = scale.violations
             conformal = Radius(
-                radius=math.nan, kind="conformal", method="scaled-first-order", alpha=scale.alpha
+                radius=math.nan,
+                kind="conformal",
+                method="scaled-first-order",
+                violation_rate=None if attacked is None else attacked.value,
+                violation_upper=None if attacked is None else attacked.upper,
+                alpha=scale.alpha,
             )
             found[conformal] = np.minimum(scale.kappa * first_order, largest)
         return [(radius, found[radius]) for radius in strongest_first(list(found))]

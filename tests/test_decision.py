@@ -177,7 +177,8 @@ def test_a_rejected_image_has_radii_of_zero_and_keeps_its_kinds(tmp_path: Path) 
 
 
 def test_a_conformal_radius_stands_before_the_estimate(tmp_path: Path) -> None:
-    conformal = {"alpha": 0.05, "kappa": 0.5, "n": 100, "suite": ["pgd"]}
+    attacked = {"count": 6, "n": 100, "value": 0.06, "upper": 0.115}
+    conformal = {"alpha": 0.05, "kappa": 0.5, "n": 100, "suite": ["pgd"], "violations": attacked}
     l2 = calibration_record("")["l2"] | {"conformal": conformal}
     (decision,) = guard_of(tmp_path / "b", threshold=9.0, l2=l2).classify(image(1.0, 0.5, 0, 0))
     found = dumped(decision)["certificate"]["l2"]
@@ -194,6 +195,8 @@ def test_a_conformal_radius_stands_before_the_estimate(tmp_path: Path) -> None:
         "radius": pytest.approx(0.25),
         "kind": "conformal",
         "method": "scaled-first-order",
+        "violation_rate": 0.06,
+        "violation_upper": 0.115,
         "alpha": 0.05,
     }
 

@@ -243,13 +243,11 @@ function topClass({ class_name, probability }) {
 }
 
 function sentence({ kind, violation_rate, violation_upper, alpha }) {
-  if (kind === "estimate") {
-    const broken = violation_rate === undefined ? "" :
-      ` Attacks broke ${short(violation_rate)} of such radii on held-out images (at most ${short(violation_upper)}, 95% confidence).`;
-    return `Estimated from data, not certified.${broken}`;
-  }
+  const broken = violation_rate === undefined ? "" :
+    ` Attacks broke ${short(violation_rate)} of such radii on held-out images (at most ${short(violation_upper)}, 95% confidence).`;
+  if (kind === "estimate") return `Estimated from data, not certified.${broken}`;
   if (kind === "conformal") {
-    return `Held for at least ${short(1 - alpha)} of images like the calibration data against the attacks tried. Not certified.`;
+    return `The attacks of the calibration break at most ${short(alpha)} of such radii on images like its own, on average over calibrations. Not certified.${broken}`;
   }
   if (kind === "probabilistic") return `Certified, with an error of at most ${short(alpha)}.`;
   return "Certified: no change this small can change the answer.";
