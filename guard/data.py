@@ -101,9 +101,11 @@ def test_split(source: str | Path, class_names: Sequence[str]) -> Dataset | None
 
 
 def split_folder(folder: Path, split: Split) -> Path | None:
-    """The sub-folder of a folder of images that holds the split, if there is one."""
+    """The sub-folder of a folder of images that holds the split, if there is one; one with classes first."""
     names = ("train",) if split == "train" else ("test", "val")
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    there = [folder / name for name in names if (folder / name).is_dir()]
+    labelled = [path for path in there if any(child.is_dir() for child in path.iterdir())]
+    return next(iter(labelled or there), None)
 
 
 def folds(n: int, seed: int) -> dict[str, NDArray[np.int64]]:

@@ -80,6 +80,7 @@ def test_version(capsys: Captured) -> None:
         (["wrap", "m", "--out", "b", "--layout", "chw"], "argument --layout: invalid choice: 'chw'"),
         (["certify", "x.png", "--threads", "-1"], "argument --threads: expected a whole number"),
         (["calibrate", "--val", "x", "--threads", "2.5"], "argument --threads: expected a whole number"),
+        (["certify", "x.png", "--threads", "1025"], "argument --threads: expected a whole number up to 1024"),
         (["serve", "--port", "70000"], "argument --port: expected a port from 1 to 65535, not '70000'"),
     ],
 )

@@ -194,6 +194,16 @@ class TestFolders:
         assert load(tmp_path, "train").images[0, 0, 0, 0] == 1
         assert load(tmp_path, "test").images[0, 0, 0, 0] == 2
 
+    def test_labelled_validation_images_stand_before_unlabelled_test_images(self, tmp_path: Path) -> None:
+        picture(tmp_path / "train" / "cat" / "a.png", 1)
+        picture(tmp_path / "test" / "a.png", 2)
+        assert load(tmp_path, "test").images[0, 0, 0, 0] == 2
+        assert test_split(tmp_path, ["cat"]) is None
+        picture(tmp_path / "val" / "cat" / "a.png", 3)
+        found = test_split(tmp_path, ["cat"])
+        assert found is not None
+        assert found.images[0, 0, 0, 0] == 3
+
     def test_mixed_sizes_need_a_decoder(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png", 51)
         picture(tmp_path / "b.png", 51, size=(9, 9))

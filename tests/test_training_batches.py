@@ -1,6 +1,7 @@
 """Batches are functions of their place, whether they come from memory or from files."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,6 +266,9 @@ class TestFolders:
         (tmp_path / "test" / "dog").rename(tmp_path / "test" / "cow")
         with pytest.raises(DataError, match="'cow' is none of the model's"):
             folders.test_split(tmp_path, training)
+        shutil.rmtree(tmp_path / "test")
+        write(tmp_path / "test", lambda index: (30 + index, 30), classes=(".",))
+        assert folders.test_split(tmp_path, training) is None, "it has no labels"
 
     def test_refuses(self, tmp_path: Path) -> None:
         write(tmp_path, lambda index: (30 + index, 30))

@@ -84,6 +84,19 @@ def test_killed_inside_an_epoch(tmp_path: Path, arguments: list[str]) -> None:
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_asked_to_stop_where_an_epoch_is_one_step(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments[arguments.index("--batch-size") + 1] = "64"
+    arguments[arguments.index("--epochs") + 1] = "6"
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, signal.SIGTERM)
+        assert main([*arguments[:-1], "--out", str(tmp_path / "run")]) == 130
+    assert "stopped by SIGTERM after epoch 3; all is saved: go on with" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "run" / CHECKPOINT).epoch == 3
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(
     number: signal.Signals,

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
@@ -214,10 +215,9 @@ class TestAccumulation:
             return step(run, learning_rate)
 
         monkeypatch.setattr(Run, "one_step", looked_at)
-        for precision, allowed in (("float32", False), ("bf16", True)):
-            seen.clear()
-            train(dataset(), replace(TINY, epochs=1, precision=precision), tmp_path / precision)  # type: ignore[arg-type]
-            assert set(seen) == {allowed}
+        for precision in ("float32", "bf16"):  # beside bf16 passes too
+            train(dataset(), replace(TINY, epochs=1, precision=precision), tmp_path / precision)
+        assert set(seen) == {False}
         assert torch.backends.cudnn.allow_tf32
 
     def test_hamming_without_relus_is_refused_before_the_run(self, tmp_path: Path) -> None:
@@ -299,6 +299,14 @@ class TestResume:
         train(dataset(), TINY, uninterrupted, test=dataset(seed=1), resume=True)
         assert (uninterrupted / "curves.html").read_text() == before
         assert before == curves.page("whole", loop.read_config(uninterrupted), read_metrics(uninterrupted))
+
+    def test_the_config_of_something_else_stays(self, tmp_path: Path) -> None:
+        config = tmp_path / "config.json"
+        for text in ('{"mine": "not guard"}', "not json"):
+            config.write_text(text)
+            with pytest.raises(UsageError, match=r"its config\.json is of no run\. Give another --out"):
+                train(dataset(), TINY, tmp_path)
+            assert config.read_text() == text
 
     def test_needs_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
@@ -487,6 +495,7 @@ class TestFailures:
             ({"held_out": -1}, "--held-out is -1"),
             ({"held_out": 69}, "holding out 69 of 70 training images leaves 1"),
             ({"seed": -1}, "--seed is -1"),
+            ({"seed": 2**63}, "--seed is 9223372036854775808: expected 0 or more, below 2.63"),
             ({"architecture": "vgg"}, "unknown architecture 'vgg'"),
             ({"regularizers": ("tulp",)}, "unknown regularizer 'tulp'"),
             (
@@ -511,6 +520,16 @@ class TestFailures:
         for name in ("gpu", "cuda:99"):
             with pytest.raises(UsageError, match=f"--device {name}: .*Give cpu or cuda"):
                 loop.chosen_device(name)
+        with pytest.raises(UsageError, match="--device meta: expected cpu or cuda"):
+            loop.chosen_device("meta")
+
+    def test_emulated_bf16_is_not_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def supported(*, including_emulation: bool = True) -> bool:
+            return including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+        assert loop.chosen_precision("auto", "cuda:1") == "float32"
 
 
 class TestOptimizer:

@@ -80,6 +80,26 @@ class TestClosedForms:
         rise = (functional.softplus(-margin + 0.2 * difference.norm()) - losses) / 0.2
         torch.testing.assert_close(loss, losses.mean() + 0.3 * rise.mean())
 
+    def test_tv_l1_as_a_penalty_steps_by_a_length_in_l2(self) -> None:
+        model, difference = two_class_model()
+        images, labels = batch()
+        loss, _ = regularized_loss([parse("tv-l1:eps=0.3,form=penalty,h=0.2")], Passes(model, images, labels))
+        margin, root = margins(images, labels, difference), images[0].numel() ** 0.5
+        losses = functional.softplus(-margin)
+        rise = (functional.softplus(-margin + 0.2 * difference.abs().sum() / root) - losses) / 0.2
+        torch.testing.assert_close(loss, losses.mean() + 0.3 * root * rise.mean())
+
+    def test_the_difference_of_lipschitz_goes_along_its_own_gradient(self) -> None:
+        torch.manual_seed(2)
+        model = WithBatchNorm().double().train()
+        images, labels = batch(30, classes=3)  # more than are normalized together
+        found = []
+        for text in ("lipschitz:weight=1", "lipschitz:weight=1,h=1e-6"):
+            penalty = parse(text)(Passes(deepcopy(model), images, labels)).penalty
+            assert penalty is not None
+            found.append(penalty.detach())
+        torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
     @pytest.mark.parametrize("h", [None, 0.2])
     def test_lipschitz_is_the_steepest_image_of_the_batch(self, h: float | None) -> None:
         model, difference = two_class_model()
@@ -337,7 +357,13 @@ class TestEveryOne:
 
 
 @pytest.mark.parametrize(
-    "text", ["gradient-penalty-l2:weight=1", "gradient-penalty-l1:weight=1", "tv-l2:eps=1,form=penalty"]
+    "text",
+    [
+        "gradient-penalty-l2:weight=1",
+        "gradient-penalty-l1:weight=1",
+        "tv-l2:eps=1,form=penalty",
+        "tv-l1:eps=1,form=penalty",
+    ],
 )
 def test_finite_differences_under_bf16_are_no_rounding(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Value and gradient of the penalty alone, beside the same step in float32: 0.01 has a cosine of 0.15."""

@@ -19,6 +19,9 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 _WIDTH = 80
 _LONG_CHOICES = 40
 
+MOST_THREADS = 1024
+"""More than any machine has use for; some libraries crash on far more."""
+
 
 class Parser(argparse.ArgumentParser):
     """Shows help as it was laid out, 80 columns wide, and says a usage error in one line."""
@@ -127,8 +130,10 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def _threads(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 for one per core, not {text!r}")
+    if not text.isdecimal() or int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number up to {MOST_THREADS}, 0 for one per core, not {text!r}"
+        )
     return int(text)
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard.cli.options import Subparsers, add_command, arguments_of, emit
+from guard.cli.options import MOST_THREADS, Subparsers, add_command, arguments_of, emit
 
 if TYPE_CHECKING:
     from guard.training.presets import Preset
@@ -225,8 +225,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         raise UsageError("--out is missing: expected the folder that the run is kept in.")
     for flag, value, least in (("--threads", arguments.threads, 1), ("--workers", arguments.workers, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} is {value}: expected {least} or more.")
+        if value is not None and not least <= value <= MOST_THREADS:
+            raise UsageError(f"{flag} is {value}: expected {least} to {MOST_THREADS}.")
     if not arguments.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint-seconds is {arguments.checkpoint_seconds}: expected 0 or more.")
     if arguments.threads is not None:

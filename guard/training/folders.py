@@ -112,7 +112,9 @@ def test_split(source: str | Path, training: Dataset | ImageFiles) -> Dataset | 
     folder = data.split_folder(Path(source), "test")
     if folder is None:
         return None
-    paths, labels, class_names = _listing(folder)
+    paths, labels, class_names = data.listing(folder)
+    if labels is None:
+        return None
     _sizes(paths, folder.name)
     names = data.aligned_labels(training.name, labels, class_names, training.class_names)
     return replace(training, paths=tuple(paths), labels=names, digest=_digest(folder, paths))
@@ -195,7 +197,10 @@ def _readable(path: Path, decode: Any) -> Any:
     try:
         return decode(path.read_bytes())
     except ImageError as error:
-        raise DataError(f"{path}: {error} Replace or remove it, and train anew.") from error
+        raise DataError(
+            f"{path}: {error} Replace or remove it; then, where it is a training image, train anew into "
+            "another folder, and where it is a test image, go on with --resume."
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
 

@@ -81,7 +81,7 @@ def train(
         config = _config(dataset, settings, batches, arguments or {})
     with (
         _random_state(settings.seed, device, deterministic=deterministic),
-        _no_tf32(settings.precision),
+        _no_tf32(),
         worker_failures(),
         closing(batches),
         stop_requests(insistent=distributed.world_size() == 1) as stop,  # torchrun sends several
@@ -105,6 +105,8 @@ def train(
                 metrics.append(run.finish_epoch(progress, stop, checkpoint_seconds))
                 _write(out, config, metrics)
                 run.save()
+                if run.epoch < settings.epochs and run.asked_to_stop(stop):
+                    raise run.stopped(stop, f"epoch {run.epoch}")
         accuracy = None
         if test is not None:
             accuracy = run.accuracy(test)
@@ -257,19 +259,24 @@ class Run:
                 self.save()
                 saved = clock
             if signals[0]:
-                name = stop[0].name if stop else "another process"
-                raise distributed.alike(
-                    KeyboardInterrupt(
-                        f"stopped by {name} after epoch {self.epoch + 1}, step {self.step} of "
-                        f"{self.batches.steps}; all is saved: go on with --resume."
-                    )
-                )
+                raise self.stopped(stop, f"epoch {self.epoch + 1}, step {self.step} of {self.batches.steps}")
         metrics: Metrics = {"epoch": self.epoch + 1, "learning_rate": rate, "seconds": round(self.seconds, 1)}
         metrics |= {name: value / self.step for name, value in self.sums.items()}
         if len(self.batches.held_out):
             metrics["held_out_accuracy"] = self.accuracy(self.batches.held_out)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         return metrics
+
+    def asked_to_stop(self, stop: Sequence[signal.Signals]) -> bool:
+        """Whether a signal came, to any process."""
+        return bool(distributed.max_over_processes(torch.tensor([len(stop)])).any())
+
+    def stopped(self, stop: Sequence[signal.Signals], where: str) -> BaseException:
+        """What a run that was asked to stop, and has saved everything, ends with."""
+        name = stop[0].name if stop else "another process"
+        return distributed.alike(
+            KeyboardInterrupt(f"stopped by {name} after {where}; all is saved: go on with --resume.")
+        )
 
     def one_step(self, learning_rate: float) -> Metrics:
         """One batch: its passes, the weights' gradient, the update; returns the step's metrics."""
@@ -372,6 +379,8 @@ def chosen_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device {name}: expected cpu or cuda.")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}. Give cpu or cuda.") from error
@@ -387,7 +396,9 @@ def chosen_precision(
     if any(regularizer.too_fine_for_bf16 for regularizer in grammar.parse_all(regularizers)):
         return "float32"
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "float32"
     # Without these instructions torch takes bf16 too, and is slower than in float32.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, name, bool)() for name in names)
@@ -464,10 +475,13 @@ def _random_state(seed: int, device: str, *, deterministic: bool) -> Iterator[No
 
 
 @contextmanager
-def _no_tf32(precision: Precision) -> Iterator[None]:
-    """Inside, float32 convolutions on CUDA are that: TF32 would drown finite differences of a small step."""
+def _no_tf32() -> Iterator[None]:
+    """Inside, float32 convolutions on CUDA are that: TF32 would drown finite differences of a small step.
+
+    Passes in bf16 do not use it, and what is in full precision beside them is to have it.
+    """
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before and precision != "float32"
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
@@ -483,6 +497,11 @@ def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
         raise UsageError(f"--out {out}: is a file; expected the folder of a run, or a new one.")
     path = out / CONFIG
     if not path.exists() or not (out / checkpoint.CHECKPOINT).exists():
+        if path.exists():
+            try:
+                read_config(out)
+            except TrainingError as error:
+                raise UsageError(f"--out {out}: its {CONFIG} is of no run. Give another --out.") from error
         _write_text(path, json.dumps(config, indent=1) + "\n")
         return
     if not resume:

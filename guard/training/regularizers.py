@@ -57,7 +57,11 @@ def tv_l2(
     adds eps * mean (L(x + h d) - L(x)) / h (LIPGEN eq. 2.9).
     """
     terms = {"gradient_l2": image_norms(passes.gradient).mean()}
-    return _total_variation(passes, unit_direction(passes.gradient), eps, form, h, terms)
+    direction = unit_direction(passes.gradient)
+    if form == "step":
+        return RegularizedLoss(data=_losses_along(passes, direction, eps).mean(), terms=terms)
+    slopes = _slopes_along(passes, direction, _difference_step(passes, h))
+    return RegularizedLoss(penalty=eps * slopes.mean(), terms=terms)
 
 
 def tv_l1(
@@ -65,10 +69,15 @@ def tv_l1(
 ) -> RegularizedLoss:
     """Total variation, eps * mean ||g||_1, by one step along d = sign(g): against linf attacks.
 
-    Form `step` is adversarial training by the fast gradient sign method (LIP 2.2, LIPGEN 3.2).
+    Form `step` is adversarial training by the fast gradient sign method (LIP 2.2, LIPGEN 3.2). Form `penalty`
+    adds eps * sqrt(N) * mean (L(x + h d / sqrt(N)) - L(x)) / h: as everywhere, h is a length in l2.
     """
-    terms = {"gradient_l1": _image_l1_norms(passes.gradient).mean()}
-    return _total_variation(passes, passes.gradient.sign(), eps, form, h, terms)
+    gradient = passes.gradient
+    terms = {"gradient_l1": _image_l1_norms(gradient).mean()}
+    if form == "step":
+        return RegularizedLoss(data=_losses_along(passes, gradient.sign(), eps).mean(), terms=terms)
+    slopes = _slopes_along(passes, sign_direction(gradient), _difference_step(passes, h))
+    return RegularizedLoss(penalty=eps * gradient[0].numel() ** 0.5 * slopes.mean(), terms=terms)
 
 
 def lipschitz(passes: Passes, *, weight: float, h: float | None = None) -> RegularizedLoss:
@@ -76,8 +85,9 @@ def lipschitz(passes: Passes, *, weight: float, h: float | None = None) -> Regul
 
     Only the image with the largest gradient counts. Its norm is differentiated exactly, by double
     backpropagation through a pass in full precision over that image and the `COMPANIONS` next in the batch;
-    with `h`, the finite difference (L(x + h d) - L(x)) / h takes its place. BatchNorm sees these images alone
-    then, so that the term logged, and penalized, is not quite the batch's largest norm, logged as `steepest`.
+    with `h`, the finite difference (L(x + h d) - L(x)) / h along that gradient takes its place. BatchNorm
+    sees these images alone then, so that the term logged, and penalized, is not quite the batch's largest
+    norm, logged as `steepest`.
     """
     slope, steepest = _steepest(passes, h)
     return RegularizedLoss(weight * slope, terms={"lipschitz": slope.detach(), "steepest": steepest})
@@ -142,20 +152,6 @@ def _sum(variation: RegularizedLoss, constant: RegularizedLoss) -> RegularizedLo
     )
 
 
-def _total_variation(
-    passes: Passes,
-    direction: Tensor,
-    eps: float,
-    form: Literal["step", "penalty"],
-    h: float | None,
-    terms: dict[str, Tensor],
-) -> RegularizedLoss:
-    if form == "step":
-        return RegularizedLoss(data=_losses_along(passes, direction, eps).mean(), terms=terms)
-    slopes = _slopes_along(passes, direction, _difference_step(passes, h))
-    return RegularizedLoss(penalty=eps * slopes.mean(), terms=terms)
-
-
 def _gradient_penalty(passes: Passes, direction: Tensor, weight: float, h: float | None) -> RegularizedLoss:
     penalty = _slopes_along(passes, direction, _difference_step(passes, h)).square().mean()
     return RegularizedLoss(weight * penalty, terms={"gradient_penalty": penalty.detach()})
@@ -178,16 +174,16 @@ def _steepest(passes: Passes, h: float | None) -> tuple[Tensor, Tensor]:
     chosen = norms.argmax()
     factor = share_of_maximum(norms.max())
     few = (chosen + torch.arange(min(1 + COMPANIONS, len(norms)), device=chosen.device)) % len(norms)
-    points, labels = passes.images[few].detach(), passes.labels[few]
-    if h is not None:
-        ahead = points.clone()
-        ahead[0] += h * unit_direction(passes.gradient[chosen].unsqueeze(0))[0]
-        losses = [passes.over_few(ends, labels).losses[0] for ends in (points, ahead)]
-        return factor * (losses[1] - losses[0]) / h, factor * norms.max()
-    points.requires_grad_()
+    points, labels = passes.images[few].detach().requires_grad_(), passes.labels[few]
     loss = passes.over_few(points, labels).losses[0]
-    (gradient,) = torch.autograd.grad(loss, points, create_graph=True)
-    return factor * image_norms(gradient[:1]).squeeze(0), factor * norms.max()
+    if h is None:
+        (gradient,) = torch.autograd.grad(loss, points, create_graph=True)
+        return factor * image_norms(gradient[:1]).squeeze(0), factor * norms.max()
+    (gradient,) = torch.autograd.grad(loss, points, retain_graph=True)
+    ahead = points.detach().clone()
+    ahead[0] += h * unit_direction(gradient[:1])[0]
+    rise = passes.over_few(ahead, labels).losses[0] - loss
+    return factor * rise / h, factor * norms.max()
 
 
 def _difference_step(passes: Passes, h: float | None) -> float:

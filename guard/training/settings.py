@@ -74,4 +74,4 @@ class Settings:
         demand(self.padding >= 0, "--crop", self.padding, "0 pixels or more")
         demand(self.cutout >= 0, "--cutout", self.cutout, "0 pixels or more")
         demand(self.held_out >= 0, "--held-out", self.held_out, "0 images or more")
-        demand(self.seed >= 0, "--seed", self.seed, "0 or more")
+        demand(0 <= self.seed < 2**63, "--seed", self.seed, "0 or more, below 2^63")
