@@ -8,9 +8,9 @@ certifies with parts that do not belong together.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from guard.errors import BundleError
 from guard.files import sha256, write_bytes
@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 
 ScoreName = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
 NormName = Literal["l2", "linf"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -53,7 +54,7 @@ class Preprocessing(Record):
 
     colour: Literal["rgb", "grey"] = "rgb"
     resize: Annotated[int, Field(ge=1)] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
 
 
 class Manifest(Record):
@@ -66,6 +67,22 @@ class Manifest(Record):
     preprocessing: Preprocessing = Preprocessing()
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of every other file, by path")
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        uploads, size = self.preprocessing, self.input
+        if (uploads.colour == "rgb") != (size.channels == 3):
+            raise ValueError(
+                f"preprocessing.colour is {uploads.colour} where input.channels is {size.channels}: expected "
+                "rgb with 3, grey with 1"
+            )
+        largest = max(size.height, size.width)
+        if uploads.resize is not None and uploads.resize < largest:
+            raise ValueError(
+                f"preprocessing.resize is {uploads.resize}, less than the {size.height} x {size.width} "
+                f"pixels that are cropped from it: expected {largest} or more, or null"
+            )
+        return self
 
 
 class Share(Record):

@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,15 @@ from guard.archives import ARCHIVES, FORMAT, fetch
 from guard.errors import DataError, ImageError
 from guard.progress import track
 
+log = logging.getLogger(__name__)
+
 Split = Literal["train", "test"]
 Decode = Callable[[bytes], NDArray[np.float32]]
 
 FOLDS = {"threshold": 0.25, "radii": 0.15, "conformal": 0.10, "report": 0.50}
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+UNREAD = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"})
+"""Suffixes of pictures in formats that are not read."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,9 @@ def check_shape(dataset: Dataset, shape: tuple[int, int, int]) -> None:
 def aligned(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """The data set with its labels renumbered to a model's classes, by name.
 
-    Where the data's names are not the model's but as many, their order is taken to be the model's.
-    Raises `DataError` where neither names nor numbers fit.
+    Names that are all whole numbers are numbers of the model's classes. Where none of the data's names is the
+    model's, but there are as many, their order is taken to be the model's, with a warning. Raises `DataError`
+    where neither names nor numbers fit.
     """
     if dataset.labels is None or tuple(class_names) == dataset.class_names:
         return dataset
@@ -159,11 +165,20 @@ def aligned_labels(
 ) -> NDArray[np.int64]:
     """Labels that number `names`, renumbered to `class_names` as `aligned` does; `name` is the data's."""
     numbers = {name: number for number, name in enumerate(class_names)}
-    if all(name in numbers for name in names):
+    strangers = [name for name in names if name not in numbers]
+    if strangers and all(name.isdecimal() and int(name) < len(class_names) for name in names):
+        numbers, strangers = {name: int(name) for name in names}, []
+    if not strangers:
         return np.array([numbers[name] for name in names], dtype=np.int64)[labels]
-    if len(class_names) == len(names):
+    stranger = strangers[0]
+    if len(class_names) == len(names) == len(strangers):
+        log.warning(
+            "%s: no class is named as one of the model's; they are taken in order, %s as %s and so on",
+            name,
+            stranger,
+            class_names[0],
+        )
         return labels
-    stranger = next(name for name in names if name not in numbers)
     raise DataError(
         f"{name}: has {len(names)} classes, the model {len(class_names)}, and {stranger!r} is none of the "
         "model's. Name classes as the model's are named: the folders, or class_names in an .npz."
@@ -245,6 +260,14 @@ def listing(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None, tuple[s
         if not files:
             raise DataError(f"{one}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     paths = [file for files in members for file in files]
+    others = [file for one in classes or [folder] for file in _images_in(one, UNREAD)]
+    if others:
+        log.warning(
+            "%s: %d images are left out, in formats that are not read (%s)",
+            folder,
+            len(others),
+            others[0].name,
+        )
     if not classes:
         return paths, None, ()
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in members])
@@ -267,11 +290,11 @@ def _from_folder(folder: Path, name: str, decode: Decode | None) -> Dataset:
     return Dataset(name, images, labels, class_names, digest_of(images, labels))
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path, suffixes: Container[str] = SUFFIXES) -> list[Path]:
     return sorted(
         p
         for p in folder.iterdir()
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()
     )
 
 

@@ -255,7 +255,7 @@ class Guard:
                 Prediction(
                     label=int(label),
                     class_name=self.bundle.manifest.class_names[label],
-                    probability=float(f"{probabilities[index, label]:.7g}"),
+                    probability=self._probability(float(probabilities[index, label])),
                 )
                 for label in order[index]
             ]
@@ -376,6 +376,10 @@ class Guard:
 
     def _score(self, value: float) -> float | None:
         return value if self.policy.expose_scores and math.isfinite(value) else None
+
+    def _probability(self, value: float) -> float:
+        """As answers show it: two decimals where scores are not exposed, since ratios tell the margin."""
+        return float(f"{value:.7g}") if self.policy.expose_scores else round(value, 2)
 
     def _number(self, value: float) -> float | None:
         """A margin or radius as answers show it: two digits where scores are not exposed, rounded down."""

@@ -70,13 +70,14 @@ def sources(given: Sequence[str], shape: tuple[int, int, int]) -> list[Source]:
     another shape.
     """
     found = []
+    known = data.SUFFIXES | data.UNREAD  # those get rows that say so
     for word in given:
         path = Path(word)
         if path.is_dir():
             files = tuple(
                 file
                 for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in data.SUFFIXES and file.is_file() and not _hidden(file, path)
+                if file.suffix.lower() in known and file.is_file() and not _hidden(file, path)
             )
             if not files:
                 raise DataError(f"{path}: holds no image ({', '.join(sorted(data.SUFFIXES))}).")

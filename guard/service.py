@@ -22,6 +22,11 @@ from guard.worker import RETRY, Settings, Worker
 MULTIPART_OVERHEAD = 2**16
 """Bytes that a form's boundaries and headers may add to the image's own."""
 
+IMAGE = bentoml.images.Image(python_version="3.11").build_include(
+    "guard", "pyproject.toml", "README.md", "LICENSE"
+)
+"""What a container holds before it installs guard from its own source, as bentofile.yaml asks for."""
+
 try:
     SETTINGS = Settings.from_environment()
 except UsageError as error:
@@ -46,6 +51,7 @@ _ROUTES = Routes(_worker)
     # BentoML labels its metrics with the path asked for, which lets clients fill the memory.
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
+    image=IMAGE,
 )
 @bentoml.asgi_app(_ROUTES.application(), path="/")
 class GuardService:

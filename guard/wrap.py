@@ -17,7 +17,16 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from guard.adapt import Form, Outputs, Outside, adapt, arranged, form_of, in_float32
-from guard.bundle import CARD, MODEL, InputShape, Manifest, Preprocessing, check_target, seal
+from guard.bundle import (
+    CARD,
+    MODEL,
+    InputShape,
+    Interpolation,
+    Manifest,
+    Preprocessing,
+    check_target,
+    seal,
+)
 from guard.card import UNCALIBRATED
 from guard.errors import DataError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
@@ -37,6 +46,7 @@ _TOLERANCE_HALF = 0.2  # where the original computes in 16 bits
 _PLACE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\) (?=[A-Z]))?")
 _CROPPED_FROM = 128  # pixels: models with inputs of this size and above are usually trained on centre crops
 _CROP = 0.875  # 224 of 256 pixels
+_LARGEST_RESIZE = 8  # times the input's size: an upload enlarged to more costs much and shows little
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,15 @@ def preprocessing(
     resize: int | None = None,
     crop: float | None = None,
     stretch: bool = False,
+    interpolation: Interpolation = "bilinear",
 ) -> Preprocessing:
     """How uploads become inputs of shape (C, H, W).
 
     With `resize` the shorter side gets so many pixels and the centre is cropped; `crop` says the same as a
     share: the input's size over the shorter side. `stretch` resizes straight to the input's size. Without
     them, square inputs of 128 pixels and more are cropped to 0.875 (224 of 256), smaller ones to 1.0, and
-    others are stretched. Raises `UsageError` for what contradicts itself or the shape.
+    others are stretched. `interpolation` is how the resizing is done. Raises `UsageError` for what
+    contradicts itself or the shape.
     """
     channels, height, width = shape
     colour: Literal["rgb", "grey"] = "rgb" if channels == 3 else "grey"
@@ -133,7 +145,7 @@ def preprocessing(
     if sum((resize is not None, crop is not None, stretch)) > 1:
         raise UsageError("give only one of --resize, --crop and --stretch.")
     if stretch or (resize is None and crop is None and height != width):
-        return Preprocessing(colour=colour)
+        return Preprocessing(colour=colour, interpolation=interpolation)
     if resize is None:
         share = crop if crop is not None else (_CROP if largest >= _CROPPED_FROM else 1.0)
         if not 0 < share <= 1:
@@ -144,7 +156,12 @@ def preprocessing(
             f"--resize {resize} is less than the model's {height} x {width} pixels, which are cropped from "
             f"it: give at least {largest}, or --stretch."
         )
-    return Preprocessing(colour=colour, resize=resize)
+    if resize > _LARGEST_RESIZE * largest:
+        raise UsageError(
+            f"uploads would be resized to {resize} pixels and cropped to {largest}: expected at most "
+            f"{_LARGEST_RESIZE * largest} (--resize), or --crop {1 / _LARGEST_RESIZE} or more."
+        )
+    return Preprocessing(colour=colour, resize=resize, interpolation=interpolation)
 
 
 def read_classes(path: str | Path, num_classes: int) -> list[str]:
@@ -180,6 +197,7 @@ def wrap(
     resize: int | None = None,
     crop: float | None = None,
     stretch: bool = False,
+    interpolation: Interpolation = "bilinear",
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Manifest, Wrapped]:
     """Writes the bundle `out` for the ONNX classifier in the file `source`; `arguments` go to its provenance.
@@ -190,7 +208,13 @@ def wrap(
     source, out = Path(source), Path(out)
     check_target(out)
     model = read_model(source)
-    uploads = preprocessing(form_of(model, outside).shape, resize=resize, crop=crop, stretch=stretch)
+    uploads = preprocessing(
+        form_of(model, outside).shape,
+        resize=resize,
+        crop=crop,
+        stretch=stretch,
+        interpolation=interpolation,
+    )
     wrapped = wrap_model(model, outside)
     channels, height, width = wrapped.form.shape
     names = (

@@ -4,7 +4,7 @@ from typing import Any
 
 import onnx
 
-from guard.bundle import MODEL, Bundle, InputShape, Manifest, ScoreName
+from guard.bundle import MODEL, Bundle, InputShape, Manifest, Preprocessing, ScoreName
 from guard.decision import Guard
 from guard.evaluation.target import Target
 from guard.runtime import Detector
@@ -34,6 +34,7 @@ def guard_of(
     manifest = Manifest(
         name="small",
         input=InputShape(channels=channels, height=height, width=width),
+        preprocessing=Preprocessing(colour="rgb" if channels == 3 else "grey"),
         class_names=[str(label) for label in range(detector.num_classes)],
         files={MODEL: DIGEST},
     )

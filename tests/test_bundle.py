@@ -94,6 +94,26 @@ def test_a_changed_file_is_named_with_both_digests(folder: Path, name: str) -> N
     assert sha256(folder / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"colour": "grey"},
+            "preprocessing.colour is grey where input.channels is 3: expected rgb with 3",
+        ),
+        ({"resize": 3}, "preprocessing.resize is 3, less than the 4 x 4 pixels that are cropped from it"),
+    ],
+)
+def test_uploads_that_do_not_fit_the_input_are_named(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["preprocessing"] |= change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        bundle.load(folder)
+
+
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / MODEL).unlink()
     with pytest.raises(BundleError, match=r"model\.onnx.*found missing"):

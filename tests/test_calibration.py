@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from guard import attacks, bundle, calibration, data, fitting
-from guard.bundle import CALIBRATION, CARD, MANIFEST, MODEL, InputShape, Manifest
+from guard.bundle import CALIBRATION, CARD, MANIFEST, MODEL, InputShape, Manifest, Preprocessing
 from guard.calibration import Settings, calibrate
 from guard.cli import main
 from guard.data import Dataset
@@ -51,6 +51,7 @@ def make_bundle(folder: Path, model: onnx.ModelProto, shape: tuple[int, int, int
     manifest = Manifest(
         name=folder.name,
         input=InputShape(channels=channels, height=height, width=width),
+        preprocessing=Preprocessing(colour="rgb" if channels == 3 else "grey"),
         class_names=[f"class {index}" for index in range(classes)],
         files=bundle.digests(folder),
     )

@@ -1,11 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from guard.bundle import Share
+from guard.bundle import MANIFEST, Share
 from guard.cli import main
 from guard.cli.evaluate import summary
 from guard.evaluation import suite
@@ -116,6 +117,23 @@ def test_wrong_usage(folder: Path, words: list[str], message: str, capsys: Captu
     assert run(folder, *words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"guard: error: {message}")
+    assert not Path("o").exists()
+
+
+def test_a_twin_of_other_classes_or_images_is_refused(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    names = manifest["class_names"]
+    cases: tuple[tuple[dict[str, object], str], ...] = (
+        ({"class_names": names[1:]}, f"has {len(names) - 1} classes"),
+        ({"class_names": names[::-1]}, "has the classes of"),
+        ({"input": manifest["input"] | {"height": 9}}, "takes images of 3 x 9 x"),
+    )
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    for change, message in cases:
+        (twin / MANIFEST).write_text(json.dumps(manifest | change))
+        assert run(folder, "--val", "colours.npz", "--out", "o", "--twin", twin) == 2
+        assert f"guard: error: --twin {twin}: {message}" in capsys.readouterr().err
     assert not Path("o").exists()
 
 

@@ -1,6 +1,7 @@
 """Data sets by name, as files and as folders; folds."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,14 @@ class TestFolders:
         assert load(tmp_path, "train").images[0, 0, 0, 0] == 1
         assert load(tmp_path, "test").images[0, 0, 0, 0] == 2
 
+    def test_pictures_that_are_not_read_are_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        picture(tmp_path / "cat" / "a.png", 1)
+        (tmp_path / "cat" / "b.gif").write_bytes(b"GIF89a")
+        assert len(load(tmp_path)) == 1
+        assert "1 images are left out, in formats that are not read (b.gif)" in caplog.text
+
     def test_labelled_validation_images_stand_before_unlabelled_test_images(self, tmp_path: Path) -> None:
         picture(tmp_path / "train" / "cat" / "a.png", 1)
         picture(tmp_path / "test" / "a.png", 2)
@@ -290,11 +299,29 @@ class TestHelpers:
         assert found.labels.tolist() == [3, 2, 0]
         assert found.class_names == ("c", "x", "b", "a")
 
-    def test_aligned_by_order(self) -> None:
+    def test_aligned_by_order(self, caplog: pytest.LogCaptureFixture) -> None:
         found = aligned(self.dataset(), ["x", "y", "z"])
         assert found.labels is not None
         assert found.labels.tolist() == [0, 1, 2]
+        assert "they are taken in order, a as x and so on" in caplog.text
         assert aligned(self.dataset(), ["a", "b", "c"]).labels is not None
+
+    def test_aligned_by_number(self, caplog: pytest.LogCaptureFixture) -> None:
+        numbers = tuple(sorted(map(str, range(11))))  # as folders are sorted: 0, 1, 10, 2
+        dataset = replace(self.dataset(), class_names=numbers, labels=np.array([1, 2, 10]))
+        found = aligned(dataset, [f"class {number}" for number in range(11)])
+        assert found.labels is not None
+        assert found.labels.tolist() == [1, 10, 9]
+        few = aligned(replace(dataset, class_names=("0", "1", "2"), labels=np.array([1, 2, 0])), "abcde")
+        assert few.labels is not None
+        assert few.labels.tolist() == [1, 2, 0]
+        assert not caplog.records
+        with pytest.raises(DataError, match="has 11 classes, the model 10"):
+            aligned(dataset, [f"class {number}" for number in range(10)])
+
+    def test_one_name_that_differs_is_no_order(self) -> None:
+        with pytest.raises(DataError, match="'c' is none of the model's"):
+            aligned(self.dataset(), ["b", "a", "C"])
 
     def test_aligned_with_neither(self) -> None:
         with pytest.raises(DataError, match="has 3 classes, the model 2, and 'c' is none of the model's"):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard import bundle as bundles
-from guard.bundle import Bundle, Calibration, InputShape, Manifest, dump
+from guard.bundle import Bundle, Calibration, InputShape, Manifest, Preprocessing, dump
 from guard.decision import Decision, Guard, ratio, two_digits
 from guard.errors import BundleError
 from guard.files import sha256
@@ -70,6 +70,7 @@ def write_bundle(
     manifest = Manifest(
         name="linear",
         input=InputShape(channels=channels, height=height, width=width),
+        preprocessing=Preprocessing(colour="rgb" if channels == 3 else "grey"),
         class_names=["cat", "dog", "ship"],
         files=names,
     )
@@ -264,6 +265,8 @@ def test_hidden_scores(tmp_path: Path) -> None:
     assert answer["certificate"]["l2"]["radius"] == 0.49
     assert answer["certificate"]["linf"]["radius"] == 0.35
     assert answer["certificate"]["margin"] == 2.4
+    assert [one["probability"] for one in answer["top"]] == [0.91, 0.08, 0.02], "their ratios tell the margin"
+    assert answer["probability"] == 0.91
     assert decision.measured.score > 0
     assert decision.measured.l2 == pytest.approx(2.491 / 5, rel=1e-5)
     assert "0.498" not in decision.model_dump_json()

@@ -315,4 +315,10 @@ def test_bundles_that_do_not_match_are_refused_at_start(tmp_path: Path) -> None:
 def test_the_bento_packs_the_package_and_the_shipped_bundle() -> None:
     bento = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
     assert bento["service"] == "guard.service:GuardService"
-    assert {"guard", "models/cifar10", "pyproject.toml"} <= {path.rstrip("/*") for path in bento["include"]}
+    included = {path.rstrip("/*") for path in bento["include"]}
+    assert {"guard", "models/cifar10", "pyproject.toml"} <= included
+    # A container installs "." before it gets the rest: what the package is built from is there by then.
+    assert bento["python"]["packages"] == ["."]
+    code = "from guard.service import IMAGE; print(*IMAGE.build_include_paths)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(found.split()) == {"guard", "pyproject.toml", "README.md", "LICENSE"} <= included

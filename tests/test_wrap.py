@@ -661,6 +661,8 @@ def test_preprocessing(shape: tuple[int, int, int], options: dict[str, Any], res
     found = preprocessing(shape, **options)
     assert found.resize == resize
     assert found.colour == "rgb"
+    assert found.interpolation == "bilinear"
+    assert preprocessing(shape, **options, interpolation="bicubic").interpolation == "bicubic"
 
 
 @pytest.mark.parametrize(
@@ -671,6 +673,8 @@ def test_preprocessing(shape: tuple[int, int, int], options: dict[str, Any], res
         {"resize": 200},
         {"resize": 256, "crop": 0.9},
         {"stretch": True, "crop": 1.0},
+        {"resize": 100_000_000},
+        {"crop": 1e-7},
     ],
 )
 def test_preprocessing_that_makes_no_sense(options: dict[str, Any]) -> None:

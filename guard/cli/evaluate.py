@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from guard.attacks import Norm
-    from guard.bundle import Bundle, ScoreName, Share
+    from guard.bundle import Bundle, InputShape, ScoreName, Share
     from guard.evaluation.attack import Attack, Task
     from guard.evaluation.results import Results, Standing
     from guard.evaluation.run import Settings
@@ -153,6 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = chosen_bundle(arguments)
     found = bundle.load(folder)
     twin = None if arguments.twin is None else bundle.load(arguments.twin)
+    if twin is not None:
+        _check_twin(twin, found)
     dataset = held_out(arguments, found.manifest)
     settings = _settings(arguments)
     try:
@@ -218,6 +220,26 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
 
 def _scores(arguments: argparse.Namespace) -> "tuple[ScoreName, ...]":
     return _SCORES if "all" in arguments.scores else tuple(arguments.scores)
+
+
+def _check_twin(twin: "Bundle", found: "Bundle") -> None:
+    """Raises where attacks made on the twin would mean nothing to the bundle: other images, other classes."""
+    from guard.errors import UsageError
+
+    ours, theirs = found.manifest, twin.manifest
+    if theirs.input != ours.input:
+        what = f"takes images of {_shape(theirs.input)}, {found.path} of {_shape(ours.input)}"
+    elif len(theirs.class_names) != len(ours.class_names):
+        what = f"has {len(theirs.class_names)} classes, {found.path} {len(ours.class_names)}"
+    elif theirs.class_names != ours.class_names and set(theirs.class_names) == set(ours.class_names):
+        what = f"has the classes of {found.path} in another order"
+    else:
+        return
+    raise UsageError(f"--twin {twin.path}: {what}. A twin is the same network, trained without a defence.")
+
+
+def _shape(size: "InputShape") -> str:
+    return f"{size.channels} x {size.height} x {size.width}"
 
 
 def _tasks(

@@ -16,7 +16,8 @@ Turn any ONNX classifier into a bundle that can be calibrated and served.
 
 What the model leaves to the program around it becomes part of it: give what
 it expects by --mean, --std, --range, --layout and --order. The result is run
-against the original before it is written.""",
+against the original before it is written. A bundle that is already there is
+replaced, its calibration included.""",
         example="""\
 guard wrap resnet50.onnx --out models/resnet50 --classes imagenet.txt \\
     --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
@@ -71,6 +72,12 @@ guard calibrate models/resnet50 --val photos/""",
         "--crop", type=float, metavar="F", help="the same as a share: input's size / shorter side"
     )
     uploads.add_argument("--stretch", action="store_true", help="no crop: resize whatever the aspect ratio")
+    uploads.add_argument(
+        "--interpolation",
+        choices=("nearest", "bilinear", "bicubic", "lanczos"),
+        default="bilinear",
+        help="of resizing (default: bilinear)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         resize=arguments.resize,
         crop=arguments.crop,
         stretch=arguments.stretch,
+        interpolation=arguments.interpolation,
         arguments=arguments_of(arguments),
     )
     channels, height, width = wrapped.form.shape
