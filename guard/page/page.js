@@ -244,10 +244,10 @@ function topClass({ class_name, probability }) {
 
 function sentence({ kind, violation_rate, violation_upper, alpha }) {
   const broken = violation_rate === undefined ? "" :
-    ` Attacks broke ${short(violation_rate)} of such radii on held-out images (at most ${short(violation_upper)}, 95% confidence).`;
-  if (kind === "estimate") return `Estimated from data, not certified.${broken}`;
+    `; on held-out images they broke ${short(violation_rate)} (at most ${short(violation_upper)} with 95% confidence)`;
+  if (kind === "estimate") return `A fit to attacks, not certified${broken}.`;
   if (kind === "conformal") {
-    return `The attacks of the calibration break at most ${short(alpha)} of such radii on images like its own, on average over calibrations. Not certified.${broken}`;
+    return `Set for attacks to break at most ${short(alpha)} of such radii, not certified${broken}.`;
   }
   if (kind === "probabilistic") return `Certified, with an error of at most ${short(alpha)}.`;
   return "Certified: no change this small can change the answer.";
@@ -272,7 +272,7 @@ function radius(norm, what, entry, accepted) {
   }
   box.append(element("p", {}, `${what}, the answer should hold. ${sentence(entry)}`));
   for (const other of entry.others) {
-    box.append(element("p", {}, `Also ${amount(other, norm).join("")}, ${other.kind}: ${sentence(other)}`));
+    box.append(element("p", {}, `Also ${amount(other, norm).join("")}, ${other.kind}. ${sentence(other)}`));
   }
   return box;
 }
