@@ -69,7 +69,8 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             if len(batch) > 1:
                 for single in batch:
-                    await self._run([single])
+                    if not single[1].done():  # else nobody waits any more
+                        await self._run([single])
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return

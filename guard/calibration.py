@@ -459,8 +459,8 @@ class _Run:
         distance[rows] = np.minimum(
             distance[rows], self._inside(stages, norm, self.folds["report"][tried[rows]], radius[tried[rows]])
         )
-        reached = np.isfinite(distance)
-        mean_radius = float(radius[tried][reached].mean()) if reached.any() else 0.0
+        finite, reached = _finite(radius[tried]), np.isfinite(distance) & np.isfinite(radius[tried])
+        near = float(radius[tried][reached].mean()) if reached.any() else 0.0
         mean_distance = float(distance[reached].mean()) if reached.any() else 0.0
         lipschitz = fitting.bound(slopes, self.effort.blocks)
         scales = self._conformal(stages, norm, conformal, typical)
@@ -482,9 +482,9 @@ class _Run:
             omega=_omega_record(fitted.table),
             omega_fits=[[_record(fit) for fit in row] for row in fitted.fits],
             violations=_violated(distance < radius[tried]),
-            mean_radius=mean_radius,
+            mean_radius=float(finite.mean()) if len(finite) else 0.0,
             mean_distance=mean_distance,
-            tightness=mean_radius / mean_distance if mean_distance else 0.0,
+            tightness=near / mean_distance if mean_distance else 0.0,
             attack={
                 "images": "report images that the detector accepts; attacks are not clipped to [0, 1]",
                 "violations": {

@@ -45,9 +45,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields the name of a file beside `path` to write; it becomes `path` when the block ends well.
 
     The old file stays as it was, whole, until then and whenever the block raises. The name keeps the suffix
-    of `path`, for writers that look at it. Missing parent folders are made.
+    of `path`, for writers that look at it. Missing parent folders are made. Raises `UsageError` where `path`
+    is a device or a pipe.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise UsageError(f"{target}: is a device or a pipe, which a file would replace. Name a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(target)
     try:
@@ -86,7 +89,8 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
 
     With `keep` it starts as a copy of the old one. The swap is one system call where the kernel exchanges two
     names (Linux); elsewhere the old folder is renamed away first and back if the second rename fails. Files
-    that the block wrote are on the disk before the swap.
+    that the block wrote are on the disk before the swap. What cannot be renamed, such as a mount point, is
+    filled file by file, in the order they were written.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,12 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
             _sync(name)
         _sync(partial)
         if target.exists():
-            _exchange(partial, target)
+            try:
+                _exchange(partial, target)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV):
+                    raise
+                _fill(target, partial)
         else:
             partial.rename(target)
         _sync(target.parent)
@@ -202,6 +211,17 @@ def _exchange(first: Path, second: Path) -> None:
         aside.rename(second)
         raise
     aside.rename(first)
+
+
+def _fill(target: Path, source: Path) -> None:
+    """Lets a folder hold what another one does, one whole file after another, the last written last."""
+    files = [name for name in source.rglob("*") if name.is_file()]
+    for name in sorted(files, key=lambda name: name.stat().st_mtime_ns):
+        with atomic_path(target / name.relative_to(source)) as partial:
+            shutil.copy2(name, partial)
+    for name in sorted(target.rglob("*"), reverse=True):  # what a folder holds before the folder
+        if not (source / name.relative_to(target)).exists():
+            name.rmdir() if name.is_dir() and not name.is_symlink() else name.unlink()
 
 
 def _plain(value: Any) -> Any:

@@ -7,8 +7,10 @@ converted; colour profiles are ignored, as the training data's were.
 """
 
 import io
+import re
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,9 @@ MEGAPIXEL = 1_000_000
 
 # Every scan of a progressive JPEG walks the whole image, and an empty one costs a few bytes: without a
 # bound, 10 MB can ask for hours of work. Encoders write about ten.
-MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS = 100, 10_000
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # that has a length, or ends the picture
 
 # The types that a client may declare for each format; any other image type is a contradiction.
 MEDIA_TYPES: dict[str, Format] = {
@@ -84,6 +88,14 @@ class Limits:
 
 
 LIMITS = Limits()
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Pillow decodes no more, whatever the limit."""
+
+
+def read(file: Path, limits: Limits) -> bytes:
+    """What a file holds; raises `ImageError` where it is larger than the limit, before it is read."""
+    _check_length(file.stat().st_size, limits)
+    return file.read_bytes()
 
 
 def sniff(data: bytes) -> Format | None:
@@ -164,12 +176,7 @@ def open_picture(
 def _check_content(data: bytes, declared: str | None, limits: Limits) -> Format:
     if not data:
         raise ImageError("The image is empty.", code="empty_image", status=422)
-    if len(data) > limits.bytes:
-        raise ImageError(
-            f"The image has {len(data)} bytes; at most {limits.bytes} are accepted.",
-            code="body_too_large",
-            status=413,
-        )
+    _check_length(len(data), limits)
     found = sniff(data)
     if found is None:
         start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -191,11 +198,36 @@ def _check_content(data: bytes, declared: str | None, limits: Limits) -> Format:
         )
     if found == "WEBP":
         _check_webp(data, limits)
-    if found == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if found == "JPEG" and data.count(_SCAN) > MAX_JPEG_SCANS and _jpeg_scans(data) > MAX_JPEG_SCANS:
         raise ImageError(
             f"The JPEG has more than {MAX_JPEG_SCANS} scans; save it anew.", code="corrupt_image", status=422
         )
     return found
+
+
+def _check_length(length: int, limits: Limits) -> None:
+    if length > limits.bytes:
+        raise ImageError(
+            f"The image has {length} bytes; at most {limits.bytes} are accepted.",
+            code="body_too_large",
+            status=413,
+        )
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """How many scans a JPEG has before its end; what lies behind, such as a film, does not count.
+
+    Segments are skipped by their length, coded data up to the next marker, as decoders do (ITU T.81, B.1). A
+    picture of more than `MAX_JPEG_SEGMENTS` is taken to have too many scans.
+    """
+    at, scans = 2, 0
+    for _ in range(MAX_JPEG_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[0] == _END:
+            return scans
+        scans += found[0] == _SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return MAX_JPEG_SCANS + 1
 
 
 def _check_webp(data: bytes, limits: Limits) -> None:

@@ -17,8 +17,8 @@ _Item = TypeVar("_Item")
 def stop_requests(*, insistent: bool = True) -> Iterator[list[signal.Signals]]:
     """Inside, SIGINT and SIGTERM are entered into the list that is yielded, for the loop to look at.
 
-    A second one raises `KeyboardInterrupt` at once, where `insistent`. Python takes signals in the main
-    thread only: in another, nothing changes.
+    A second one raises `KeyboardInterrupt` at once, where `insistent`. One that is ignored stays so. Python
+    takes signals in the main thread only: in another, nothing changes.
     """
     asked: list[signal.Signals] = []
 
@@ -30,7 +30,9 @@ def stop_requests(*, insistent: bool = True) -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked
     finally:

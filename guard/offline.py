@@ -13,6 +13,7 @@ from guard import data, images
 from guard.archives import ARCHIVES
 from guard.decision import Decision, Guard
 from guard.errors import DataError, ImageError
+from guard.settings import upload_limits
 
 Float32 = NDArray[np.float32]
 
@@ -134,15 +135,16 @@ def _load(guard: Guard, batch: Sequence[_Place]) -> list[_Loaded]:
 def _load_one(guard: Guard, source: Source, index: int) -> _Loaded:
     if source.arrays is not None:
         return Row(source.named, index), data.to_floats(source.arrays.images[index : index + 1])[0]
-    file = source.files[index]
+    file, limits = source.files[index], upload_limits()
     uploads = guard.bundle.manifest.preprocessing
     try:
         pixels = images.decode(
-            file.read_bytes(),
+            images.read(file, limits),
             guard.detector.input_shape,
             colour=uploads.colour,
             resize=uploads.resize,
             interpolation=uploads.interpolation,
+            limits=limits,
         )
     except ImageError as error:
         return Row(str(file), None, error=error), None

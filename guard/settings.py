@@ -5,9 +5,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import guard
 from guard.errors import UsageError
+
+if TYPE_CHECKING:
+    from guard.images import Limits
+
+_Number = TypeVar("_Number", int, float)
 
 SHIPPED_BUNDLE = Path("models") / "cifar10"
 
@@ -49,6 +55,36 @@ class Policy:
             min_radius_linf=_radius(environment, "GUARD_MIN_RADIUS_LINF"),
             expose_scores=_switch(environment, "GUARD_EXPOSE_SCORES", default=True),
         )
+
+
+def upload_limits(environment: Mapping[str, str] = os.environ) -> "Limits":
+    """What an image may cost: `GUARD_MAX_BYTES`, `GUARD_MAX_PIXELS`. Raises what `positive` raises."""
+    from guard.images import LIMITS, MOST_PIXELS, Limits
+
+    pixels = positive(environment, "GUARD_MAX_PIXELS", LIMITS.pixels)
+    if pixels > MOST_PIXELS:
+        raise UsageError(
+            f"GUARD_MAX_PIXELS is {pixels}: expected at most {MOST_PIXELS}, for Pillow decodes no more."
+        )
+    return Limits(bytes=positive(environment, "GUARD_MAX_BYTES", LIMITS.bytes), pixels=pixels)
+
+
+def positive(environment: Mapping[str, str], variable: str, default: _Number) -> _Number:
+    """A positive number, whole where the default is, which stands where the variable is not set or empty.
+
+    Raises `UsageError` for anything else.
+    """
+    text = environment.get(variable, "").strip()
+    if not text:
+        return default
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        kind = "whole number" if type(default) is int else "number"
+        raise UsageError(f"{variable} is {text!r}: expected a positive {kind}, such as {default}.")
+    return value
 
 
 def _radius(environment: Mapping[str, str], name: str) -> float | None:

@@ -25,9 +25,9 @@ from starlette.types import Scope
 from guard import images, metrics, samples
 from guard.batching import Batcher
 from guard.bundle import Calibration
-from guard.errors import GuardError, UsageError
+from guard.errors import GuardError
 from guard.http import RequestError, Upload, annotate
-from guard.settings import Policy
+from guard.settings import Policy, positive, upload_limits
 
 if TYPE_CHECKING:
     from guard.decision import Decision, Guard
@@ -61,20 +61,13 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
         """Raises `UsageError` for a value that is not a positive number."""
-        values: dict[str, Any] = {}
-        for name, default in vars(cls()).items():
-            variable = f"GUARD_{name.upper()}"
-            text = environment.get(variable, "").strip()
-            if not text:
-                continue
-            try:
-                values[name] = type(default)(text)
-            except ValueError:
-                values[name] = 0
-            if not 0 < values[name] < math.inf:
-                kind = "whole number" if isinstance(default, int) else "number"
-                raise UsageError(f"{variable} is {text!r}: expected a positive {kind}, such as {default}.")
-        return cls(**values)
+        upload_limits(environment)
+        return cls(
+            **{
+                name: positive(environment, f"GUARD_{name.upper()}", default)
+                for name, default in vars(cls()).items()
+            }
+        )
 
 
 class PolicyAnswer(BaseModel):

@@ -67,6 +67,23 @@ def test_a_failing_item_fails_alone() -> None:
     assert recorder.batches == [[1, -1, 2], [1], [-1], [2]]
 
 
+def test_items_of_a_failed_batch_whose_waiters_have_gone_cost_nothing() -> None:
+    recorder = Recorder()
+
+    async def scenario() -> None:
+        batcher = Batcher(recorder, max_batch=8)
+        recorder.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(item)) for item in (1, -1, 2, 3)]
+        await asyncio.sleep(0.05)
+        for task in (tasks[0], tasks[3]):
+            task.cancel()
+        recorder.gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(scenario())
+    assert recorder.batches == [[1, -1, 2, 3], [-1], [2]]
+
+
 def test_an_item_whose_waiter_has_gone_costs_nothing() -> None:
     recorder = Recorder()
 

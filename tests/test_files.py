@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -126,6 +127,38 @@ def test_a_killed_process_leaves_the_old_folder_whole(tmp_path: Path) -> None:
 def test_swap_without_a_kernel_that_exchanges_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     test_a_folder_is_swapped_whole(tmp_path)
+
+
+def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(first: Path, second: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(second))
+
+    monkeypatch.setattr(files, "_exchange", busy)
+    folder = tmp_path / "bundle"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "old.png").write_text("old")
+    (folder / "manifest.json").write_text("old")
+    with files.atomic_folder(folder, keep=True) as partial:
+        (partial / "samples" / "old.png").unlink()
+        (partial / "samples").rmdir()
+        (partial / "new").mkdir()
+        (partial / "new" / "z.png").write_text("new")
+        (partial / "manifest.json").write_text("new")
+    assert sorted(str(one.relative_to(folder)) for one in folder.rglob("*")) == [
+        "manifest.json",
+        "new",
+        "new/z.png",
+    ]
+    assert (folder / "manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"bundle"}
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=r"pipe: is a device or a pipe.* Name a file"):
+        files.write_text(pipe, "x")
+    assert pipe.is_fifo()
 
 
 def test_provenance_can_be_stored_and_repeats(tmp_path: Path) -> None:

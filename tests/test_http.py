@@ -758,6 +758,8 @@ def test_settings_come_from_the_environment() -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "nan", "inf", "1e400", "1.5 "])
 def test_a_setting_that_means_nothing_is_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="GUARD_MAX_PIXELS is 200000000: expected at most 178956970"):
+        Settings.from_environment({"GUARD_MAX_PIXELS": "200000000"})
     with pytest.raises(UsageError, match=r"GUARD_MAX_UPLOADS.*whole number"):
         Settings.from_environment({"GUARD_MAX_UPLOADS": value})
     if value.strip() != "1.5":

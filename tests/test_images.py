@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from guard.errors import ImageError
-from guard.images import LIMITS, MAX_JPEG_SCANS, Limits, decode, sniff
+from guard.images import LIMITS, MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, Limits, decode, sniff
 
 SHAPE = (3, 32, 32)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -336,6 +336,17 @@ def test_the_byte_cap() -> None:
     assert decode(data, SHAPE, limits=Limits(bytes=len(data))).shape == SHAPE
     error = refusal(data, limits=Limits(bytes=len(data) - 1))
     assert (error.status, error.code) == (413, "body_too_large")
+
+
+def test_what_lies_behind_a_jpeg_holds_no_scans() -> None:
+    sound = encoded(pixels(), "JPEG")
+    film = b"\xff\xda\0\2" * (MAX_JPEG_SCANS + 1)
+    np.testing.assert_array_equal(decode(sound + film, SHAPE), decode(sound, SHAPE))
+    comment = b"\xff\xfe" + (2 + len(film)).to_bytes(2) + film
+    np.testing.assert_array_equal(decode(sound[:2] + comment + sound[2:], SHAPE), decode(sound, SHAPE))
+    many = sound[:2] + b"\xff\xfe\0\2" * MAX_JPEG_SEGMENTS + comment + sound[2:]
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        decode(many, SHAPE)
 
 
 def test_a_jpeg_of_endless_scans_is_refused_undecoded() -> None:

@@ -36,6 +36,15 @@ def test_a_signal_waits_for_the_item_under_way(number: signal.Signals) -> None:
     assert handlers() == before
 
 
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert list(interruptible(sends(signal.SIGINT))) == [0, 1, 2]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_signal_does_not_wait() -> None:
     before, seen = handlers(), list[int]()
     with pytest.raises(KeyboardInterrupt):

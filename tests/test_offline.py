@@ -91,6 +91,17 @@ def test_arrays(guard: Guard, tmp_path: Path) -> None:
     assert (mixed[1].path, mixed[1].index) == (file, 0)
 
 
+def test_the_servers_limits_hold(guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(CAT)
+    monkeypatch.setenv("GUARD_MAX_BYTES", str(len(CAT) - 1))
+    (row,) = rows(guard, tmp_path)
+    assert row.error is not None
+    assert row.error.code == "body_too_large"
+    monkeypatch.setenv("GUARD_MAX_BYTES", str(len(CAT)))
+    (row,) = rows(guard, tmp_path)
+    assert row.error is None
+
+
 def test_what_stands_for_nothing(guard: Guard, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image"):

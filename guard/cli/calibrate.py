@@ -156,9 +156,12 @@ def _text(folder: Path, calibration: "Calibration") -> str:
 
 
 def _radii_line(norm: str, radii: "RadiusCalibration") -> str:
+    nearest = "no attack found an image"
+    if radii.mean_distance:
+        nearest = f"nearest attack found {radii.mean_distance:.4f}"
     text = (
-        f"  {norm:4s} radius {radii.mean_radius:.4f} on average (an estimate), nearest attack found "
-        f"{radii.mean_distance:.4f}\n       {_inside(radii.violations)}"
+        f"  {norm:4s} radius {radii.mean_radius:.4f} on average (an estimate), {nearest}\n"
+        f"       {_inside(radii.violations)}"
     )
     for scale in radii.conformal:
         if scale.violations is not None and scale.mean_radius is not None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from guard.settings import bundle_path
+from guard.settings import bundle_path, upload_limits
 
 if TYPE_CHECKING:
     from guard.bundle import Manifest
@@ -108,6 +108,7 @@ def held_out(arguments: argparse.Namespace, manifest: "Manifest") -> "Dataset":
         colour=uploads.colour,
         resize=uploads.resize,
         interpolation=uploads.interpolation,
+        limits=upload_limits(),
     )
     return data.aligned(data.load(arguments.val, "test", decode=decode), manifest.class_names)
 
