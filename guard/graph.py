@@ -357,7 +357,7 @@ class Graph:
             if condition is None:
                 self._nodes.append(node)
                 continue
-            branch = attributes(node)["then_branch" if condition.item() else "else_branch"]
+            branch = self._renamed(attributes(node)["then_branch" if condition.item() else "else_branch"])
             self._initializers |= {tensor.name: tensor for tensor in branch.initializer}
             self._take(branch.node)
             for value, name in zip(branch.output, node.output, strict=True):
@@ -366,6 +366,24 @@ class Graph:
         self._node_names |= {node.name for node in self._nodes}
         if any(node.op_type == "If" and node.output[0] not in conditions for node in self._nodes):
             self._take_constant_branches()
+
+    def _renamed(self, branch: onnx.GraphProto) -> onnx.GraphProto:
+        """A branch whose own tensors and nodes have names of this graph: other branches may have the same."""
+        renamed = onnx.GraphProto()
+        renamed.CopyFrom(branch)
+        defined = {name for node in branch.node for name in node.output if name}
+        names = {
+            name: self._unique("branch") for name in sorted(defined | {t.name for t in branch.initializer})
+        }
+        for tensor in renamed.initializer:
+            tensor.name = names[tensor.name]
+        for value in renamed.output:
+            value.name = names.get(value.name, value.name)
+        for node in renamed.node:
+            node.name = self._unique("node")
+            node.output[:] = [names.get(name, name) for name in node.output]
+        _rename_reads(renamed, names)
+        return renamed
 
     def _unique(self, stem: str) -> str:
         while True:
@@ -610,6 +628,20 @@ def reads(node: NodeProto) -> set[str]:
                 local.update(inner.output)
             names |= {value.name for value in graph.output} - local
     return names
+
+
+def _rename_reads(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Lets the nodes of a graph, and of graphs inside it, read tensors by their new names."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                local = {value.name for value in inner.input} | {tensor.name for tensor in inner.initializer}
+                local |= {name for one in inner.node for name in one.output}
+                captured = {old: new for old, new in names.items() if old not in local}
+                for value in inner.output:
+                    value.name = captured.get(value.name, value.name)
+                _rename_reads(inner, captured)
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

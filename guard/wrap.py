@@ -28,7 +28,7 @@ from guard.bundle import (
     seal,
 )
 from guard.card import UNCALIBRATED
-from guard.errors import DataError, ModelError, UsageError
+from guard.errors import DataError, GuardError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.graph import OPSET_FLOOR
 from guard.guarded import IMAGES, LOGITS
@@ -111,7 +111,12 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     difference = _verify(
         wrapped, images[:CHECKED_IMAGES], expected[:CHECKED_IMAGES], probabilities, tolerance
     )
-    measured = Detector(wrapped, provider="cpu").measure(images[:2])
+    try:
+        measured = Detector(wrapped, provider="cpu").measure(images[:2])
+    except GuardError:
+        raise
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise ModelError(f"the model's gradients cannot be computed: {_reason(error)}") from error
     if not np.isfinite([measured.margin, measured.gradient_l2, measured.jacobian]).all():
         raise ModelError("the model's gradients are NaN or infinite on random images; it cannot be guarded.")
     if not measured.gradient_l2.any():
@@ -298,12 +303,23 @@ def _gives_probabilities(rows: Float32, said: Outputs | None) -> bool:
         raise UsageError(
             "the model's outputs sum to one, so they are no logits: give --outputs probabilities."
         )
+    if said is None and not found and (rows >= 0).all() and (rows.max() <= 1 or _constant(sums)):
+        raise UsageError(
+            "the model's outputs look like neither logits nor probabilities: on random images they are from "
+            f"{rows.min():.3g} to {rows.max():.3g} and sum to {sums.min():.3g} up to {sums.max():.3g}. "
+            "Export it without what comes after its logits (a Sigmoid, say), or give --outputs logits to "
+            "take them as they are."
+        )
     if said == "probabilities" and not found:
         raise UsageError(
             f"the model's outputs are no probabilities: on random images they sum to {sums.min():.3g} up to "
             f"{sums.max():.3g} instead of one. Give --outputs logits if they are logits."
         )
     return found
+
+
+def _constant(sums: Float32) -> bool:
+    return bool(sums.max() > 0 and np.ptp(sums) <= 5e-3 * sums.max())
 
 
 def _verify(

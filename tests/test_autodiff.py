@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -345,6 +346,57 @@ def test_branches_with_constant_conditions_are_taken(channels: int) -> None:
     scale = np.float32(1 if channels == 1 else 2)
     expected = scale * np.exp(scale * x)
     np.testing.assert_allclose(gradient(model, x, np.ones(shape, np.float32)), expected, rtol=1e-5)
+
+
+def test_what_is_gathered_repeatedly_is_added_up_whatever_the_threads() -> None:
+    places = np.array([[1, -1], [1, 2], [0, 0], [1, -3], [1, 2]])
+    nodes = [
+        node("Transpose", "x", "t", perm=[1, 2, 0, 3]),
+        node("GatherND", "t places", "g"),
+        node("Transpose", "g", "y", perm=[1, 0, 2]),
+    ]
+    graph = Graph(model_of(nodes, {"places": places}, shape=("batch", 2, 3, 2**16)))
+    built = graph.build({"gradient": pullback(graph, "y", graph.input("v", ["batch", 5, 2**16]), "x")})
+    expected = np.zeros((2, 3))
+    np.add.at(expected, tuple(places.T), 1.0 + np.arange(5))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 4
+    threads = onnxruntime.InferenceSession(
+        built.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    v = np.broadcast_to(1 + np.arange(5, dtype=np.float32)[:, np.newaxis], (2, 5, 2**16))
+    feeds = {"x": np.zeros((2, 2, 3, 2**16), np.float32), "v": np.ascontiguousarray(v)}
+    for _ in range(10):
+        (found,) = threads.run(["gradient"], feeds)
+        np.testing.assert_array_equal(found, np.broadcast_to(expected[..., np.newaxis], found.shape))
+
+
+def test_branches_that_name_their_tensors_alike_stay_apart() -> None:
+    def branch(factor: float) -> onnx.GraphProto:
+        inside = helper.make_graph(
+            [helper.make_node("Mul", ["half", "k"], ["b"])],
+            "inside",
+            [],
+            [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+        )
+        return helper.make_graph(
+            [
+                helper.make_node("Mul", ["x", "k"], ["half"]),
+                helper.make_node("If", ["c"], ["b"], then_branch=inside, else_branch=inside),
+            ],
+            "branch",
+            [],
+            [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.array(factor, np.float32), "k")],
+        )
+
+    nodes = [
+        node("If", "c", "first", then_branch=branch(2.0), else_branch=branch(5.0)),
+        node("If", "c", "second", then_branch=branch(0.5), else_branch=branch(5.0)),
+        node("Add", "first second", "y"),
+    ]
+    model = model_of(nodes, {"c": np.array(True)}, shape=("batch", 3))
+    np.testing.assert_allclose(gradient(model, f32(2, 3), np.ones((2, 3), np.float32)), 4.25, rtol=1e-6)
 
 
 def test_secondary_outputs_on_the_path_are_refused() -> None:

@@ -122,6 +122,8 @@ def gradient_at(case: Case, *inputs: Array) -> list[Array]:
         (Case("Softplus", [(2,)]), f32(-200, 200), f32(0, 1)),
         (Case("Gelu", [(2,)]), f32(-50, 50), f32(0, 1)),
         (Case("Pow", [(1,)], {1: f32(2)}), f32(0), f32(0)),
+        (Case("Pow", [(1,)], {1: f32(0)}), f32(0), f32(0)),
+        (Case("Pow", [(3,)], {1: f32(0, 1, 2)}), f32(0, 0, 0), f32(0, 1, 0)),
     ],
     ids=str,
 )

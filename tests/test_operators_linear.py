@@ -35,6 +35,9 @@ EINSUM = [
     Case("Einsum", [(2, 5)], attributes={"equation": "bij->bji"}),
     Case("Einsum", [(2, 5)], attributes={"equation": "bij->bi"}),
     Case("Einsum", [(2, 5), (5,)], attributes={"equation": "bij,bk->bk"}),
+    Case("Einsum", [(4, 1)], {1: matrix(4, 5)}, {"equation": "bck,ck->bc"}),
+    Case("Einsum", [(4, 1), (4, 5)], attributes={"equation": "bck,bck->bc"}),
+    Case("Einsum", [(4, 1), (4, 5)], attributes={"equation": "bck,bck->bck"}),
 ]
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from guard.errors import ModelError
 from guard.graph import Provider
-from tests.gradients import Array, Case, check, gradient_model, model_of
+from tests.gradients import Array, Case, check, gradient_model, model_of, session
 
 
 def vector(*shape: int, low: float = -1.0) -> Array:
@@ -53,6 +53,14 @@ def test_normalization(case: Case) -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 6), (3,), (2, 2, 2, 2)], ids=str)
 def test_batch_normalization(shape: tuple[int, ...], provider: Provider) -> None:
     check(Case("BatchNormalization", [shape], batch(shape[0]), {"epsilon": 0.01}), provider=provider)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_gradient_of_a_vector_of_zeros_is_finite(order: int) -> None:
+    case = Case("LpNormalization", [(3,)], attributes={"p": order})
+    feeds = {"x0": np.zeros((1, 3), np.float32), "cotangent": np.ones((1, 3), np.float32)}
+    _, gradient = session(gradient_model(model_of(case))).run(None, feeds)
+    np.testing.assert_array_equal(gradient, np.ones((1, 3)))
 
 
 def test_root_mean_square() -> None:

@@ -4,6 +4,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from guard.errors import ModelError
 from tests.gradients import Case, check, gradient_model, model_of, relative_error, session
 
 
@@ -54,6 +55,19 @@ GLOBAL = [
 @pytest.mark.parametrize("case", [*MAX, *AVERAGE, *GLOBAL], ids=str)
 def test_pool(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pool("AveragePool", (9, 9), (1, 1), strides=[3, 3], auto_pad="SAME_UPPER"),
+        pool("AveragePool", (7,), (5,), strides=[3], dilations=[2], auto_pad="SAME_LOWER"),
+    ],
+    ids=str,
+)
+def test_windows_that_onnxruntime_places_otherwise_are_refused(case: Case) -> None:
+    with pytest.raises(ModelError, match="only explicit pads are differentiated"):
+        gradient_model(model_of(case))
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from guard.errors import ModelError
-from tests.gradients import Array, Case, check, gradient_model, model_of
+from tests.gradients import Array, Case, check, gradient_model, model_of, session
 
 
 def resize(size: tuple[int, int], scales: tuple[float, ...], **given: object) -> Case:
@@ -28,6 +28,13 @@ CASES = [
         for t in TRANSFORMATIONS[:3]
     ),
     resize((4, 5), (2.0, 1.6), mode="cubic"),
+    # one axis keeps its size and is interpolated all the same
+    *(
+        resize((8, 6), (1.15, 1.15), mode="linear", coordinate_transformation_mode=t)
+        for t in ("half_pixel", "asymmetric", "pytorch_half_pixel")
+    ),
+    resize((14, 7), (1.1, 1.1), mode="nearest"),
+    resize((8, 6), (1.15, 1.15), mode="cubic"),
     resize(
         (4, 5), (2.0, 1.6), mode="cubic", coordinate_transformation_mode="align_corners", cubic_coeff_a=-0.5
     ),
@@ -37,6 +44,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_resize(case: Case) -> None:
     check(case)
+
+
+def test_a_resize_that_changes_no_size_copies() -> None:
+    # as onnxruntime has it, whatever the scales; ONNX would interpolate
+    model = gradient_model(model_of(resize((6, 6), (1.15, 1.15), mode="linear")))
+    x, v = np.random.default_rng(0).random((2, 1, 2, 6, 6), np.float32)
+    y, gradient = session(model).run(None, {"x0": x, "cotangent": v})
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(gradient, v)
 
 
 def test_downsampling_with_antialias() -> None:

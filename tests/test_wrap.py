@@ -287,6 +287,9 @@ def test_what_is_said_of_the_outputs_must_be_so() -> None:
     sigmoid = network(tail=[helper.make_node("Sigmoid", ["scores"], ["output"])])
     with pytest.raises(UsageError, match=r"sum to .* up to"):
         wrap_model(sigmoid, Outside(outputs="probabilities"))
+    with pytest.raises(UsageError, match=r"look like neither logits nor probabilities: .*a Sigmoid, say"):
+        wrap_model(sigmoid, Outside())
+    assert wrap_model(sigmoid, Outside(outputs="logits")).outputs == "logits"
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -467,7 +470,7 @@ def test_several_inputs_or_outputs() -> None:
     two_outputs.graph.output.append(helper.make_tensor_value_info("flat", TensorProto.FLOAT, ["n", 6]))
     with pytest.raises(UsageError, match=r"2 outputs \(output, flat\): choose one by --output"):
         wrap_model(two_outputs, Outside())
-    assert wrap_model(two_outputs, Outside(output="flat")).num_classes == 6
+    assert wrap_model(two_outputs, Outside(output="flat", outputs="logits")).num_classes == 6
     assert wrap_model(two_outputs, Outside(output="output")).num_classes == CLASSES
 
 

@@ -19,7 +19,7 @@ from onnx import NodeProto, helper
 
 from guard.errors import ModelError
 from guard.graph import Graph, Tensor, attributes, describe
-from guard.operators.broadcast import sum_to
+from guard.operators.broadcast import sum_to, zeros_like
 from guard.operators.registry import Cotangents, data_rule, only_first, rule
 
 MASK_SLOPE = 3e38  # takes the smallest normal float32 above 1
@@ -288,7 +288,7 @@ def div(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
 
 @rule("Pow")
 def power(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
-    """With y = a^b: v b a^(b-1) and v y log a (0 where a is 0, as in torch)."""
+    """With y = a^b: v b a^(b-1) (0 where b is 0) and v y log a (0 where a is 0), as in torch."""
     cotangent = graph.tensor(only_first(node, cotangents))
     a, b, y = (graph.tensor(name) for name in (*node.input, node.output[0]))
     result: Cotangents = [None, None]
@@ -298,9 +298,10 @@ def power(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
         def slope() -> str:
             if exponent is not None and exponent.size == 1:
                 e = float(exponent.reshape(()))
-                return (a * 2.0 if e == 2 else a ** (e - 1) * e).name
+                return zeros_like(graph, a.name) if e == 0 else (a * 2.0 if e == 2 else a ** (e - 1) * e).name
             like_a = b.like(a.name)
-            return (like_a * a ** (like_a - 1.0)).name
+            zero = Tensor(graph, graph.scalar(0.0, a.name))
+            return like_a.equals(0.0).where(zero, like_a * a ** (like_a - 1.0)).name
 
         factor = graph.tensor(graph.once(("slope", y.name), slope))
         result[0] = _summed(graph, node, a.name, (cotangent * factor).name)

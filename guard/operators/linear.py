@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from onnx import NodeProto
 
 from guard.errors import ModelError
@@ -99,12 +101,27 @@ def einsum(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangents:
         inner = "".join(letter for letter in term if letter in available)
         back = ",".join((right, *(t for _, t in others))) + "->" + inner
         gradient = graph.op("Einsum", cotangent, *(n for n, _ in others), equation=back)
-        if inner != term:  # letters that the forward pass summed within this operand alone
-            missing = [i for i, letter in enumerate(term) if letter not in available]
+        # onnxruntime repeats axes of size 1 where another operand has more of the same letter
+        own, seen = _sizes(graph, [(name, term)]), _sizes(graph, [(node.output[0], right), *others])
+        large, small = (tuple(sizes[letter] for letter in inner) for sizes in (seen, own))
+        gradient = sum_to(graph, gradient, large, small)
+        missing = [i for i, letter in enumerate(term) if letter not in available]
+        if missing:  # letters that the forward pass summed within this operand alone
             gradient = graph.op("Unsqueeze", gradient, graph.constant(missing))
+        if missing or any(seen[letter] == 1 != own[letter] for letter in inner):
             gradient = graph.op("Expand", gradient, graph.op("Shape", name))
         result[position] = gradient
     return result
+
+
+def _sizes(graph: Graph, operands: Iterable[tuple[str, str]]) -> dict[str, int | None]:
+    """The size that each letter of an Einsum stands for in these tensors: 1 only where it is 1 in all."""
+    sizes: dict[str, int | None] = {}
+    for name, term in operands:
+        for letter, size in zip(term, graph.shape(name), strict=True):
+            if sizes.get(letter, 1) == 1:
+                sizes[letter] = size
+    return sizes
 
 
 def along_axis(graph: Graph, x: str, axis: int, matrix: Array, rank: int) -> str:

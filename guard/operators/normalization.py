@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from guard.errors import ModelError
-from guard.graph import Graph, attributes, describe
+from guard.graph import Graph, Tensor, attributes, describe
 from guard.operators.broadcast import axis_of, reshape_to
 from guard.operators.linear import along_axis
 from guard.operators.registry import data_rule
@@ -122,14 +122,16 @@ def group_normalization(graph: Graph, node: NodeProto, cotangent: str) -> str:
 
 @data_rule("LpNormalization")
 def lp_normalization(graph: Graph, node: NodeProto, cotangent: str) -> str:
-    """With y = x / n, n = ||x||: (v - y <v, y>) / n for p = 2, (v - sign(x) <v, y>) / n for p = 1."""
+    """With y = x / n, n = ||x||: (v - y <v, y>) / n for p = 2, (v - sign(x) <v, y>) / n for p = 1; n = 1
+    where x is 0, as onnxruntime has it.
+    """
     x, y, v = (graph.tensor(name) for name in (node.input[0], node.output[0], cotangent))
     axis = axis_of(node, graph.rank(x.name), -1)
     order = attributes(node).get("p", 2)
 
     def norm() -> str:
         length = (x * x).sum([axis]).apply("Sqrt") if order == 2 else x.apply("Abs").sum([axis])
-        return length.name
+        return length.equals(0.0).where(Tensor(graph, graph.scalar(1.0, x.name)), length).name
 
     direction = y if order == 2 else x.apply("Sign")
     length = graph.tensor(graph.once(("norm", y.name), norm))

@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 from onnx import NodeProto
 
-from guard.graph import Array, Graph, Tensor, attributes
+from guard.errors import ModelError
+from guard.graph import Array, Graph, Tensor, attributes, describe
 from guard.operators.broadcast import reshape_to
 from guard.operators.convolution import Window, spread_evenly, window
 from guard.operators.linear import along_axis
@@ -77,6 +78,15 @@ def average_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
     given = attributes(node)
     size, output = graph.static_shape(node.input[0], 2), graph.static_shape(node.output[0], 2)
     geometry = window(given, given["kernel_shape"], size, output)
+    if given.get("auto_pad", "NOTSET").startswith("SAME"):
+        reach = zip(size, output, geometry.span, geometry.strides, strict=True)
+        if any(geometry.dilations[i] != 1 for i in range(len(size))) or any(
+            (o - 1) * stride + span + 1 < n for n, o, span, stride in reach
+        ):
+            raise ModelError(
+                f"{describe(node)} has auto_pad with dilations, or strides above its kernel; only explicit "
+                "pads are differentiated there."
+            )
     members = [_membership(geometry, axis) for axis in range(len(size))]
     inside = reduce(np.multiply.outer, [m.sum(axis=1) for m in members])
     # the average of ones is (pixels inside) / divisor, whatever the node counts as padding

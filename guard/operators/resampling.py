@@ -23,6 +23,8 @@ def resize(graph: Graph, node: NodeProto, cotangent: str) -> str:
     if given.pop("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise ModelError(f"{describe(node)} keeps the aspect ratio; only plain sizes are differentiated.")
     shape, output = graph.shape(node.input[0]), graph.shape(node.output[0])
+    if shape == output:  # onnxruntime copies then, whatever the scales
+        return cotangent
     rank = len(shape)
     axes = [int(axis) % rank for axis in given.pop("axes", range(rank))]
     matrices: dict[int, Array] = {}
@@ -66,10 +68,11 @@ def _matrix(
         region = np.asarray([0, 0, ends[0], 0, 1, 1, ends[1], 1], region.dtype)
     vectors = np.concatenate([np.eye(size, dtype=np.float32), np.zeros((1, size), np.float32)])
     inputs: list[Array | None] = [vectors.reshape(size + 1, 1, size, 1), region]
+    # The last axis is doubled, and one of the two taken: where no size changes, onnxruntime copies.
     if scales is not None and scales.size:
-        inputs.append(np.asarray([1, 1, scales[position], 1], np.float32))
+        inputs.append(np.asarray([1, 1, scales[position], 2], np.float32))
     else:
-        inputs += [None, np.asarray([size + 1, 1, resized, 1], np.int64)]
-    responses = graph.evaluate("Resize", inputs, given).reshape(size + 1, resized)
+        inputs += [None, np.asarray([size + 1, 1, resized, 2], np.int64)]
+    responses = graph.evaluate("Resize", inputs, given).reshape(size + 1, resized, 2)[..., 0]
     # an extrapolated constant is what the zero vector becomes
     return responses[:-1] - responses[-1:]

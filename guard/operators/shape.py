@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,9 +135,22 @@ def _scattered(graph: Graph, node: NodeProto, cotangent: str, axis: int) -> str:
     if axis:
         cotangent = graph.op("Transpose", cotangent, perm=order)
     zeros = graph.op("Transpose", zeros_like(graph, x), perm=front) if axis else zeros_like(graph, x)
-    positions = graph.op("Unsqueeze", indices, graph.constant([-1]))
-    result = graph.op("ScatterND", zeros, positions, cotangent, reduction="add")
+    result = _added(graph, zeros, 1, indices, cotangent, width)
     return graph.op("Transpose", result, perm=np.argsort(front).tolist()) if axis else result
+
+
+def _added(graph: Graph, zeros: str, lead: int, positions: str, cotangent: str, width: int) -> str:
+    """`zeros` with rows of the cotangent added at positions, which number the rows that its `lead` first axes
+    make; the rows of the cotangent are numbered by its `width` first.
+
+    ScatterND would do, but onnxruntime adds in several threads at once there, and loses some.
+    """
+    updates = graph.op("Flatten", cotangent, axis=width)
+    rows = graph.op("Reshape", positions, graph.constant([-1, 1]))
+    rows = graph.op("Expand", rows, graph.op("Shape", updates))
+    flat = graph.op("Flatten", zeros, axis=lead)
+    result = graph.op("ScatterElements", flat, rows, updates, axis=0, reduction="add")
+    return graph.op("Reshape", result, graph.op("Shape", zeros))
 
 
 @rule("GatherElements")
@@ -156,7 +170,15 @@ def gather_nd(graph: Graph, node: NodeProto, cotangents: Cotangents) -> Cotangen
     x, indices = node.input
     if attributes(node).get("batch_dims", 0):
         raise ModelError(f"{describe(node)} has batch_dims; only 0 is differentiated.")
-    return [graph.op("ScatterND", zeros_like(graph, x), indices, cotangent, reduction="add"), None]
+    depth = graph.shape(indices)[-1]
+    inner = [size for size in graph.shape(x)[1:depth] if size is not None]
+    if depth is None or len(inner) < depth - 1:
+        raise ModelError(f"{describe(node)} gathers along axes whose sizes depend on the batch.")
+    sizes = graph.op("Slice", graph.op("Shape", x), graph.constant([0]), graph.constant([depth]))
+    strides = [math.prod(inner[axis:]) for axis in range(depth)]
+    places = graph.op("Mul", graph.op("Mod", indices, sizes), graph.constant(strides))
+    places = graph.op("ReduceSum", places, graph.constant([-1]), keepdims=0)
+    return [_added(graph, zeros_like(graph, x), depth, places, cotangent, graph.rank(indices) - 1), None]
 
 
 @rule("ScatterND")
