@@ -45,6 +45,8 @@ _TOLERANCE = 1e-2
 _TOLERANCE_HALF = 0.2  # where the original computes in 16 bits
 _PLACE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*?\) (?=[A-Z]))?")
 _CROPPED_FROM = 128  # pixels: models with inputs of this size and above are usually trained on centre crops
+_PATH, _STEPS = 0.1, 12  # how far from one image to the next gradients are added up, and in how many parts
+_NOISE, _NOISE_HALF = 1e-5, 2e-2  # of margins, over the largest logit
 _CROP = 0.875  # 224 of 256 pixels
 _LARGEST_RESIZE = 8  # times the input's size: an upload enlarged to more costs much and shows little
 
@@ -94,7 +96,7 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     """A copy of the classifier in the form that bundles hold, verified against the original.
 
     Random images run through both, alone and in batches of several sizes: results must agree, and no image
-    may change another's. One guarded batch shows that gradients exist.
+    may change another's. Guarded batches show that gradients exist and add up to the logits' changes.
 
     Raises `ModelError` for a model that cannot be guarded, naming what stands in the way
     (`UnsupportedOperatorError` for an operator without a differentiation rule), and `UsageError` where
@@ -111,8 +113,9 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
     difference = _verify(
         wrapped, images[:CHECKED_IMAGES], expected[:CHECKED_IMAGES], probabilities, tolerance
     )
+    detector = Detector(wrapped, provider="cpu")
     try:
-        measured = Detector(wrapped, provider="cpu").measure(images[:2])
+        measured = detector.measure(images[:2])
     except GuardError:
         raise
     except Exception as error:  # onnxruntime's own exceptions have no common base
@@ -124,6 +127,7 @@ def wrap_model(model: onnx.ModelProto, outside: Outside) -> Wrapped:
             "the model's gradients are zero on random images, as after rounding: it cannot be guarded. "
             "Export it without quantization."
         )
+    _check_gradients(detector, images[:CHECKED_IMAGES], noise=_NOISE_HALF if form.half else _NOISE)
     outputs: Outputs = "probabilities" if probabilities else "logits"
     return Wrapped(wrapped, form, num_classes, outputs, difference)
 
@@ -316,6 +320,35 @@ def _gives_probabilities(rows: Float32, said: Outputs | None) -> bool:
             f"{sums.max():.3g} instead of one. Give --outputs logits if they are logits."
         )
     return found
+
+
+def _check_gradients(detector: Detector, images: Float32, *, noise: float) -> None:
+    """Raises `ModelError` where gradients do not add up to what they are the gradients of.
+
+    The margin's change from one image a tenth of the way to the next is the integral of its slope, kinks or
+    not. Where a Round or a Sign stands on one of several ways to the logits, gradients leave that way out,
+    and the margin jumps past them.
+    """
+    labels = detector.logits(images).argmax(axis=1)
+    path = (_PATH * (np.roll(images, 1, axis=0) - images)).astype(np.float32)
+    change, slope, size = np.zeros(len(images)), np.zeros((_STEPS, len(images))), 0.0
+    for sign, end in ((-1, images), (1, images + path)):
+        logits, margin, _ = detector.loss_gradient(end, labels, "margin")
+        change += sign * margin
+        size = max(size, float(np.abs(logits).max()))
+    for step in range(_STEPS):
+        at = images + np.float32((step + 0.5) / _STEPS) * path
+        gradient = detector.loss_gradient(at, labels, "margin")[2]
+        slope[step] = (gradient * path).reshape(len(images), -1).sum(axis=1)
+    off, amount = np.abs(change - slope.mean(axis=0)).sum(), np.abs(slope).mean(axis=0).sum()
+    if off > 0.5 * amount + noise * size * len(images):
+        changed, said = np.abs(change).sum(), np.abs(slope.mean(axis=0)).sum()
+        raise ModelError(
+            "the model's logits do not follow their gradients: between random images margins change by "
+            f"{changed:.3g} in all where gradients add up to {said:.3g}. A Round, a Sign or the like stands "
+            "on a way to them, past which no gradient leads, and radii would be too long. Export it without "
+            "quantization."
+        )
 
 
 def _constant(sums: Float32) -> bool:

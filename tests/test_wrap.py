@@ -279,6 +279,19 @@ def test_vanishing_probabilities_have_a_finite_logarithm() -> None:
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("operator", ["Sign", "Round"])
+def test_a_way_that_no_gradient_leads_along_is_found_out(operator: str) -> None:
+    tail = [
+        helper.make_node("Mul", ["scores", "fine"], ["large"]),
+        helper.make_node(operator, ["large"], ["jumps"]),
+        helper.make_node("Mul", ["jumps", "weight"], ["heavy"]),
+        helper.make_node("Add", ["scores", "heavy"], ["output"]),
+    ]
+    constants = {"fine": np.array(100, np.float32), "weight": np.array(0.1, np.float32)}
+    with pytest.raises(ModelError, match="logits do not follow their gradients: between random images"):
+        wrap_model(network(tail=tail, constants=constants), Outside())
+
+
 def test_what_is_said_of_the_outputs_must_be_so() -> None:
     with pytest.raises(UsageError, match=r"sum to one.*--outputs probabilities"):
         wrap_model(network(tail=SOFTMAX), Outside(outputs="logits"))
