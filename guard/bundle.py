@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from guard.errors import BundleError
 from guard.files import sha256, write_bytes
+from guard.images import Interpolation
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
@@ -24,7 +25,6 @@ SCHEMA_VERSION = 1
 
 ScoreName = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
 NormName = Literal["l2", "linf"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 

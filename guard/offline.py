@@ -99,10 +99,11 @@ def classify(guard: Guard, given: Sequence[Source]) -> Iterator[Row]:
 
     The next batch is decoded while one is classified.
     """
+    limits = upload_limits()
     with ThreadPoolExecutor(1) as pool:
         ahead: Future[list[_Loaded]] | None = None
         for batch in _batches(guard, given):
-            following = pool.submit(_load, guard, batch)
+            following = pool.submit(_load, guard, batch, limits)
             if ahead is not None:
                 yield from _decide(guard, ahead.result())
             ahead = following
@@ -128,14 +129,14 @@ def _batches(guard: Guard, given: Sequence[Source]) -> Iterator[list[_Place]]:
         yield batch
 
 
-def _load(guard: Guard, batch: Sequence[_Place]) -> list[_Loaded]:
-    return [_load_one(guard, source, index) for source, index in batch]
+def _load(guard: Guard, batch: Sequence[_Place], limits: images.Limits) -> list[_Loaded]:
+    return [_load_one(guard, source, index, limits) for source, index in batch]
 
 
-def _load_one(guard: Guard, source: Source, index: int) -> _Loaded:
+def _load_one(guard: Guard, source: Source, index: int, limits: images.Limits) -> _Loaded:
     if source.arrays is not None:
         return Row(source.named, index), data.to_floats(source.arrays.images[index : index + 1])[0]
-    file, limits = source.files[index], upload_limits()
+    file = source.files[index]
     uploads = guard.bundle.manifest.preprocessing
     try:
         pixels = images.decode(

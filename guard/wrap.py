@@ -21,7 +21,6 @@ from guard.bundle import (
     CARD,
     MODEL,
     InputShape,
-    Interpolation,
     Manifest,
     Preprocessing,
     check_target,
@@ -32,6 +31,7 @@ from guard.errors import DataError, GuardError, ModelError, UsageError
 from guard.files import atomic_folder, provenance, sha256, write_bytes, write_text
 from guard.graph import OPSET_FLOOR
 from guard.guarded import IMAGES, LOGITS
+from guard.images import Interpolation
 from guard.runtime import Detector
 
 Float32 = NDArray[np.float32]

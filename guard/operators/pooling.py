@@ -80,7 +80,7 @@ def average_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
     geometry = window(given, given["kernel_shape"], size, output)
     if given.get("auto_pad", "NOTSET").startswith("SAME"):
         reach = zip(size, output, geometry.span, geometry.strides, strict=True)
-        if any(geometry.dilations[i] != 1 for i in range(len(size))) or any(
+        if any(d != 1 for d in geometry.dilations) or any(
             (o - 1) * stride + span + 1 < n for n, o, span, stride in reach
         ):
             raise ModelError(
