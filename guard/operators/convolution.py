@@ -10,7 +10,7 @@ residual block halves its input, they are added before they are interleaved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -45,6 +45,14 @@ class Window:
         """Distance between the first and the last pixel of a window."""
         return tuple(d * (k - 1) for d, k in zip(self.dilations, self.kernel, strict=True))
 
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Pixels that the windows reach beyond the input on both sides together; negative where the last
+        window stops short of the last pixel.
+        """
+        reach = zip(self.input, self.output, self.strides, self.span, strict=True)
+        return tuple(s * (o - 1) + r + 1 - n for n, o, s, r in reach)
+
 
 def window(
     given: dict[str, Any], kernel: Sequence[int], size: Sequence[int], output: Sequence[int]
@@ -53,18 +61,14 @@ def window(
     rank = len(kernel)
     strides = tuple(given.get("strides") or [1] * rank)
     dilations = tuple(given.get("dilations") or [1] * rank)
-    begin = tuple(given.get("pads") or [0] * 2 * rank)[:rank]
     auto_pad = given.get("auto_pad", "NOTSET")
-    if auto_pad == "VALID":
-        begin = (0,) * rank
-    elif auto_pad.startswith("SAME"):
-        reach = [
-            (o - 1) * s + d * (k - 1) + 1 - n
-            for n, o, k, s, d in zip(size, output, kernel, strides, dilations, strict=True)
-        ]
+    pads = given.get("pads") if auto_pad == "NOTSET" else None
+    begin = tuple(pads or [0] * 2 * rank)[:rank]
+    geometry = Window(tuple(size), tuple(output), tuple(kernel), strides, dilations, begin)
+    if auto_pad.startswith("SAME"):
         extra = 1 if auto_pad == "SAME_LOWER" else 0
-        begin = tuple((max(total, 0) + extra) // 2 for total in reach)
-    return Window(tuple(size), tuple(output), tuple(kernel), strides, dilations, begin)
+        return replace(geometry, begin=tuple((max(p, 0) + extra) // 2 for p in geometry.padding))
+    return geometry
 
 
 @data_rule("Conv")
@@ -89,15 +93,9 @@ def conv_transpose(graph: Graph, node: NodeProto, cotangent: str) -> str:
     begin = geometry.begin
     if auto_pad.startswith("SAME") or "output_shape" in given:
         extra = given.get("output_padding") or [0] * len(size)
-        total = [
-            s * (n - 1) + e + r + 1 - o
-            for s, n, e, r, o in zip(geometry.strides, size, extra, geometry.span, output, strict=True)
-        ]
+        total = [p + e for p, e in zip(geometry.padding, extra, strict=True)]
         begin = tuple(max(t, 0) // 2 if auto_pad == "SAME_UPPER" else (max(t, 0) + 1) // 2 for t in total)
-    end = [
-        s * (n - 1) + r + 1 - b - o
-        for s, n, r, b, o in zip(geometry.strides, size, geometry.span, begin, output, strict=True)
-    ]
+    end = [p - b for p, b in zip(geometry.padding, begin, strict=True)]
     return _padded_conv(
         graph,
         cotangent,
@@ -145,12 +143,7 @@ def scatter_windows(
     in_phases = graph.provider == "cpu" and _square(geometry) and not 1 < group == group * weight.shape[1]
     if in_phases and all(k >= s for k, s in zip(geometry.kernel, geometry.strides, strict=True)):
         return _interleaved(graph, _phases(graph, cotangent, weight, geometry, group, key))
-    behind = [
-        s * (o - 1) + r + 1 - b - n
-        for s, o, r, b, n in zip(
-            geometry.strides, geometry.output, geometry.span, geometry.begin, geometry.input, strict=True
-        )
-    ]
+    behind = [p - b for p, b in zip(geometry.padding, geometry.begin, strict=True)]
     result: str = graph.op(
         "ConvTranspose",
         cotangent,

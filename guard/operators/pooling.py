@@ -78,15 +78,13 @@ def average_pool(graph: Graph, node: NodeProto, cotangent: str) -> str:
     given = attributes(node)
     size, output = graph.static_shape(node.input[0], 2), graph.static_shape(node.output[0], 2)
     geometry = window(given, given["kernel_shape"], size, output)
-    if given.get("auto_pad", "NOTSET").startswith("SAME"):
-        reach = zip(size, output, geometry.span, geometry.strides, strict=True)
-        if any(d != 1 for d in geometry.dilations) or any(
-            (o - 1) * stride + span + 1 < n for n, o, span, stride in reach
-        ):
-            raise ModelError(
-                f"{describe(node)} has auto_pad with dilations, or strides above its kernel; only explicit "
-                "pads are differentiated there."
-            )
+    if given.get("auto_pad", "NOTSET").startswith("SAME") and (
+        any(d != 1 for d in geometry.dilations) or any(p < 0 for p in geometry.padding)
+    ):
+        raise ModelError(
+            f"{describe(node)} has auto_pad with dilations, or strides above its kernel; only explicit pads "
+            "are differentiated there."
+        )
     members = [_membership(geometry, axis) for axis in range(len(size))]
     inside = reduce(np.multiply.outer, [m.sum(axis=1) for m in members])
     # the average of ones is (pixels inside) / divisor, whatever the node counts as padding
