@@ -130,6 +130,16 @@ def finite(points: Floats, logits: Floats | NDArray[np.float64]) -> NDArray[np.b
     )
 
 
+def others(logits: Floats | NDArray[np.float64], labels: Labels, place: int = 1) -> Labels:
+    """The class (B,) that is the most probable but the labels' one (place 1), the next (2), ...; the last
+    where there are fewer.
+    """
+    masked = logits.astype(np.float64)
+    np.put_along_axis(masked, labels[:, None], -np.inf, axis=1)
+    order = np.argsort(-masked, axis=1, kind="stable")
+    return np.asarray(order[:, min(place, logits.shape[1] - 1) - 1], np.int64)
+
+
 def steepest(gradient: Floats, norm: Norm) -> Floats:
     """The unit vector of `norm` along which a function with this gradient grows most; 0 at gradient 0."""
     if norm == "linf":
@@ -310,11 +320,9 @@ def nearest(
     - z_c, for the images whose linearized distance to it is below `WITHIN` times the nearest found so far.
     """
     best = minimum_norm(model, images, labels, norm=norm, steps=steps, clip=clip)
-    others = model.logits(images).astype(np.float64)
-    np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
-    order = np.argsort(-others, axis=1, kind="stable")[:, :-1]
-    for place in range(1, min(classes, order.shape[1])):
-        target = order[:, place]
+    logits = model.logits(images)
+    for place in range(2, min(classes, model.num_classes - 1) + 1):
+        target = others(logits, labels, place)
         _, values, gradient = _towards(model, images, labels, target)
         linear = -values / np.maximum(dual_length(gradient, norm), TINY)
         rows = np.flatnonzero(linear < WITHIN * best.distance)

@@ -33,6 +33,7 @@ from guard.attacks import (
     length,
     minimum_norm,
     misclassified,
+    others,
     project,
     random_directions,
     steepest,
@@ -210,16 +211,6 @@ def _radius_descent(
     lead = (measured.logits * cotangents).sum(axis=1)
     third = model.vjp(images, cotangents)[1] * column(1 / np.maximum(lead, 1e-6))
     return np.asarray(column(share) * up + column(1 - share) * third, np.float32)
-
-
-def others(logits: Floats, labels: Labels, place: int = 1) -> Labels:
-    """The class (B,) that is the most probable but the labels' one (place 1), the next (2), ...; the last
-    where there are fewer.
-    """
-    masked = logits.astype(np.float64)
-    np.put_along_axis(masked, labels[:, None], -np.inf, axis=1)
-    order = np.argsort(-masked, axis=1, kind="stable")
-    return np.asarray(order[:, min(place, logits.shape[1] - 1) - 1], np.int64)
 
 
 def margin_of(logits: Floats, classes: Labels) -> Values:
