@@ -42,7 +42,7 @@ from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector
 from guard.training import checkpoint, presets
-from guard.training.loop import chosen_precision, read_metrics, train, trained
+from guard.training.loop import chosen_precision, read_config, read_metrics, train, trained
 from guard.training.settings import Settings
 
 Floats = NDArray[np.float32]
@@ -231,8 +231,12 @@ def main() -> None:
 
 
 def finished(run: Path, settings: Settings) -> bool:
+    """Whether the run has ended, with these settings; its precision is that of the device it was made on."""
     path = run / checkpoint.CHECKPOINT
-    return path.exists() and checkpoint.load(path).epoch == settings.epochs
+    if not path.exists() or checkpoint.load(path).epoch != settings.epochs:
+        return False
+    made = read_config(run)["settings"]
+    return bool(made == json.loads(json.dumps(asdict(settings))) | {"precision": made["precision"]})
 
 
 def settings_of(row: Row, seed: int, scale: Scale, epochs: int | None, device: str) -> Settings:
@@ -437,13 +441,13 @@ def dumped(values: Values) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables."""
+    """The tables, of the entries made at the scale that their heading states."""
+    scale = result["scale"]
     entries: dict[str, dict[str, Any]] = {
         name: result["entries"][name]
         for name in (f"{row}-{seed}" for row in ROWS for seed in range(ROWS[row].seeds))
-        if name in result["entries"]
+        if result["entries"].get(name, {}).get("scale") == scale
     }
-    scale = result["scale"]
     shared = f"{scale['epochs']} epochs, batches of {scale['batch_size']}, rate {scale['learning_rate']}"
     shared += f" (MNIST: {DIGITS_CHANGE['learning_rate']}, images neither cropped nor cut out)"
     columns = (

@@ -23,7 +23,7 @@ Rows = NDArray[np.intp]
 
 TINY = 1e-30
 
-BISECTIONS = 8
+BISECTIONS = 12
 """Of the way back from an adversarial image to the boundary."""
 
 FORWARD, GRADIENT = 1, 3

@@ -55,7 +55,7 @@ from guard.stages import Arrays, Piece, Stages
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-STAGES_VERSION = 5
+STAGES_VERSION = 6
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 NORMS: tuple[Norm, Norm] = ("l2", "linf")
@@ -627,7 +627,9 @@ class _Run:
         """The finite-sample scales by alpha; none for an alpha with too few accepted images, or where only
         the scale 0 would keep the promise.
 
-        `typical` comes from the radii fold, so the scores of this one stay exchangeable with a fresh image's.
+        No scale is above 1: where models are linear, all that lies beyond the first-order radius is the
+        attack's own overshoot, and a smaller radius keeps the promise as well. `typical` comes from the radii
+        fold, so the scores of this one stay exchangeable with a fresh image's.
         """
         radius = first_order_radius(measured.margin, _slope(measured, norm, typical))
         accepted = np.flatnonzero(~self._rejects(measured) & np.isfinite(radius) & (radius > 0))
@@ -643,7 +645,7 @@ class _Run:
         distance = self._distances(stages, f"conformal-{norm}", norm, indices)
         scores = np.sort(distance / radius[accepted])
         return [
-            ConformalScale(alpha=alpha, kappa=kappa, n=len(accepted), suite=list(SUITE[norm]))
+            ConformalScale(alpha=alpha, kappa=min(kappa, 1.0), n=len(accepted), suite=list(SUITE[norm]))
             for alpha, rank in ranks.items()
             if 0 < (kappa := float(scores[rank - 1])) < math.inf
         ]

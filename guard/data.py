@@ -26,6 +26,8 @@ Split = Literal["train", "test"]
 Decode = Callable[[bytes], NDArray[np.float32]]
 
 FOLDS = {"threshold": 0.25, "radii": 0.15, "conformal": 0.10, "report": 0.50}
+MOST_CLASSES = 1_000_000
+"""Classes, at most, of an `.npz` file that does not name them."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 UNREAD = frozenset({".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"})
 """Suffixes of pictures in formats that are not read."""
@@ -234,13 +236,14 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
         labels = labels[:, 0]
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path}: {y} is {labels.dtype} {labels.shape}; expected {len(images)} integers.")
-    labels = labels.astype(np.int64)
-    class_names = tuple(str(n) for n in (range(int(labels.max()) + 1) if names is None else names))
-    if labels.min() < 0 or labels.max() >= len(class_names):
+    first, last = int(labels.min()), int(labels.max())
+    classes = min(last + 1, MOST_CLASSES) if names is None else len(names)
+    if first < 0 or last >= classes:
         raise DataError(
-            f"{path}: {y} runs from {labels.min()} to {labels.max()}; expected numbers of {len(class_names)} "
-            "classes, from 0."
+            f"{path}: {y} runs from {first} to {last}; expected numbers of {max(classes, 0)} classes, from 0."
         )
+    labels = labels.astype(np.int64)
+    class_names = tuple(map(str, range(classes) if names is None else names))
     return Dataset(name, images, labels, class_names, digest_of(images, labels))
 
 

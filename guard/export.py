@@ -193,10 +193,13 @@ The accuracy is on clean images, all of them, accepted or not.
 
 
 def train_command(config: Mapping[str, Any]) -> str:
-    """The `guard train` command line that makes a run's weights."""
-    settings, data = config["settings"], config["data"]
+    """The `guard train` command line that makes a run's weights; data that are no known set by their file's
+    or folder's own name, wherever it lay.
+    """
+    settings, data, provenance = config["settings"], config["data"], config["provenance"]
+    processes = provenance.get("processes", 1)
     flags = {
-        "dataset": [data["name"]],
+        "dataset": [Path(provenance["arguments"].get("dataset") or "").name or data["name"]],
         "arch": [settings["architecture"]],
         **({"width": [settings["width"]]} if settings["width"] else {}),
         **({"pre-logit-sigmoid": []} if settings["pre_logit_sigmoid"] else {}),
@@ -223,7 +226,8 @@ def train_command(config: Mapping[str, Any]) -> str:
     if data.get("resize") is not None:
         flags["image-size"] = [data["shape"][1]]
     words = [word for flag, values in flags.items() for word in (f"--{flag}", *map(str, values))]
-    return shlex.join(["guard", "train", *words])
+    start = ["torchrun", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    return shlex.join([*start, "guard", "train", *words])
 
 
 def _network(settings: Mapping[str, Any]) -> str:

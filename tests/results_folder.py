@@ -213,6 +213,7 @@ def radii(count: int = 60) -> list[RadiusAudit]:
             method=method,
             served=served,
             violations=share_of(broken, count),
+            found=count,
             mean_radius=mean,
             mean_distance=distance,
             tightness=mean / distance,

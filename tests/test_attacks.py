@@ -174,6 +174,20 @@ class Needle(Quadratic):
         return np.stack([np.zeros(len(images)), 2.0 * there - 1], axis=1).astype(np.float32)
 
 
+@pytest.mark.parametrize(("beyond", "within"), [(0.003, 3e-4), (0.03, 3e-4), (0.5, 4e-4), (9.0, 3e-3)])
+def test_images_are_brought_back_to_the_boundary(beyond: float, within: float) -> None:
+    detector, weight = linear_detector()
+    difference, images = weight[1] - weight[0], networks.images(12, SHAPE)
+    logits = detector.logits(images).astype(np.float64)
+    labels = logits.argmax(axis=1).astype(np.int64)
+    exact = np.abs(logits[:, 0] - logits[:, 1]) / np.linalg.norm(difference)
+    reach = exact * (1 + beyond) * np.where(labels == 0, 1, -1) / np.linalg.norm(difference)
+    there = (images + np.multiply.outer(reach, difference.reshape(SHAPE))).astype(np.float32)
+    found = attacks.onto_boundary(detector, images, there, labels, np.ones(12, np.bool_))
+    assert (detector.logits(found).argmax(axis=1) != labels).all()
+    assert attacks.length(found - images, "l2") == pytest.approx(exact, rel=within)
+
+
 def test_what_cannot_be_moved_to_the_boundary_is_returned_to_the_last_digit() -> None:
     images, wrong = np.split(networks.images(40, SHAPE) * np.float32(0.3), 2)
     assert (images + (wrong - images) != wrong).any(axis=(1, 2, 3)).any(), "rounding would change some"

@@ -76,7 +76,9 @@ def test_quick(folder: Path, capsys: Captured) -> None:
     assert {"pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2"} <= names
     assert {one.norm for one in results.standing} == {"l2", "linf"}
     assert len(results.checks) == 9
-    assert "signs of masked gradients: 0 found" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "signs of masked gradients: 0 found" in out
+    assert "No attack of the run knows jacobian at linf 2/255: an attacker who does will" in out
 
 
 def test_list_names_every_attack_in_80_columns(capsys: Captured) -> None:
@@ -128,6 +130,8 @@ def test_a_twin_of_other_classes_or_images_is_refused(folder: Path, tmp_path: Pa
         ({"class_names": names[::-1]}, "has the classes of"),
         ({"input": manifest["input"] | {"height": 9}}, "takes images of 3 x 9 x"),
     )
+    assert run(folder, "--val", "colours.npz", "--out", "o", "--twin", folder) == 2
+    assert f"--twin {folder}: is the model of {folder} itself" in capsys.readouterr().err
     twin = tmp_path / "twin"
     shutil.copytree(folder, twin)
     for change, message in cases:

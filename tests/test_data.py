@@ -110,6 +110,8 @@ class TestNpz:
             ({"y_test": np.zeros(3)}, "expected 3 integers"),
             ({"y_test": np.array([0, 1, 3])}, "runs from 0 to 3; expected numbers of 3 classes"),
             ({"y_test": np.array([0, 1, -1])}, "runs from -1 to 1"),
+            ({"y_test": np.array([0, 1, 2**33]), "class_names": None}, "expected numbers of 1000000 classes"),
+            ({"y_test": np.array([0, 1, 2**64 - 1], np.uint64)}, f"runs from 0 to {2**64 - 1}"),
         ],
     )
     def test_refuses(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
 from guard import bundle as bundles
+from guard.attacks import Found
 from guard.bundle import Share
 from guard.cli import main
 from guard.errors import DataError
 from guard.evaluation import suite
 from guard.evaluation.report import figures, findings, gallery, markdown, tables, words
 from guard.evaluation.report.page import page
-from guard.evaluation.report.reading import Evaluation, read, same
+from guard.evaluation.report.reading import Evaluation, read
 from guard.evaluation.results import (
     CLEAN_FILE,
     RESULTS,
@@ -32,10 +35,12 @@ from guard.evaluation.results import (
     Results,
     Standing,
     Summary,
+    same,
     share_of,
+    summary,
 )
 from guard.files import sha256
-from tests.results_folder import CHECKS, planted, radii
+from tests.results_folder import CHECKS, Images, planted, radii
 from tests.serving import write_bundle
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -303,7 +308,7 @@ class TestWords:
         assert words.middle(np.array([1.0, 1.0, 1.0, np.inf, np.inf, np.inf, np.inf])) == "∞ [1, ∞] (n = 7)"
         assert words.middle(np.array([1.0, 2.0, np.inf])) == "2 (n = 3)", "no interval from so few"
         assert words.middle(np.array([])) == "–"
-        assert words.middle(np.arange(1.0, 101.0)) == "50.5 [41, 61] (n = 100)"
+        assert words.middle(np.arange(1.0, 101.0)) == "50.5 [40, 61] (n = 100)"
 
     def test_durations(self) -> None:
         assert [words.duration(s) for s in (2.5, 75, 7260)] == ["2.5 s", "1 min 15 s", "2 h 1 min"]
@@ -373,6 +378,13 @@ class TestTables:
         spared = read(copied(folder, tmp_path / "spared", attacks=record["attacks"]))
         assert tables.source_of(spared, "evasive CW") is None
 
+    def test_what_an_evasive_attack_did_not_get_past_is_shown(self, evaluation: Evaluation) -> None:
+        shown = tables.source_of(evaluation, "evasive CW")
+        assert shown is not None
+        assert shown.result.success is not None
+        cell = tables.lipgen_6([evaluation]).rows[-3].cells[-1]
+        assert cell == f"{words.error(shown.result.success)} not evaded"
+
     def test_the_longer_carlini_wagner_is_shown(self, folder: Path, tmp_path: Path) -> None:
         record = json.loads((folder / RESULTS).read_text())
         record["attacks"][0]["name"] = "cw-quick-l2"
@@ -403,12 +415,38 @@ class TestTables:
         assert cells[1].endswith(", scaled-first-order (conformal)")
 
     def test_top_5_only_where_there_are_many_classes(self, evaluation: Evaluation, tmp_path: Path) -> None:
-        assert not any("top 5" in row.name for row in tables.scale_1([evaluation]).rows)
-        planted(tmp_path / "r", count=12, classes=1000)
-        rows = {row.name: row.cells for row in tables.scale_1([read(tmp_path / "r")]).rows}
+        for table in (tables.scale_1, tables.scale_2):
+            assert not any("top 5" in row.name for row in table([evaluation]).rows)
+        result = planted(tmp_path / "r", count=12, classes=1000)
+        found = read(tmp_path / "r")
+        rows = {row.name: row.cells for row in tables.scale_1([found]).rows}
         assert rows["ImageNet, undefended (top 5)"][0] == "6.94"
         clean = float(rows["planted: top 5"][0].partition("%")[0])
         assert clean <= float(rows["planted"][0].partition("%")[0])
+        # Attacks on the most probable class say nothing of the five.
+        assert rows["planted: top 5"][1:] == ("–",) * 4
+        assert tables.scale_2([found]).rows[-1].cells[1:] == ("–",) * 3
+
+        weight = result.measure(np.eye(48, dtype=np.float32).reshape(48, 3, 4, 4))["logits"].T
+
+        def out(some: Images, labels: NDArray[np.int64], *, far: int) -> Found:
+            """Away from the true class; the first `far` of the images far enough."""
+            moved = some.copy()
+            moved[:far] -= 9 * weight[labels[:far]].reshape(-1, 3, 4, 4)
+            success = np.arange(len(some)) < far
+            return Found(moved, success, np.where(success, 1.0, np.inf))
+
+        result.attack("top5-pgd-linf", "", partial(out, far=2), "linf", 8 / 255)
+        result.attack("top5-nearest-l2", "", partial(out, far=3), "l2")
+        result.attacks, result.arrays = result.attacks[-2:], result.arrays[-2:]
+        for arrays in result.arrays:
+            arrays["l2"], arrays["linf"] = (np.where(arrays["success"], size, np.inf) for size in (0.7, 0.03))
+        result.write()
+        found = read(tmp_path / "r")
+        right = int(found.right.sum())
+        cells = tables.scale_1([found]).rows[-1].cells
+        assert cells[3:] == ("–", words.share(share_of(3, right)))
+        assert tables.scale_2([found]).rows[-1].cells[3] == words.mean(summary(np.full(3, 0.7)))
 
     def test_radii_that_are_not_there_stay_out(self, evaluation: Evaluation, tmp_path: Path) -> None:
         assert set(tables.scale_6([evaluation]).rows[-1].cells) == {"–"}
@@ -558,7 +596,8 @@ class TestFindings:
         for one in (*suite.known(), *suite.over_rejection()):
             run = changed(evaluation, attacks=[first.model_copy(update={"name": one.name})])
             part = one.name.startswith("autoattack-apgd")
-            assert len(findings.not_run(run)) == len(findings.FAMILIES) - (not part), one.name
+            left = len(findings.FAMILIES) - 1  # top 5 is for models of many classes
+            assert len(findings.not_run(run)) == left - (not part and "top5" not in one.name), one.name
 
     def test_checks_that_were_not_run_are_told_apart(self, evaluation: Evaluation) -> None:
         skipped = [CHECKS[2].model_copy(update={"name": f"queries, {norm}"}) for norm in ("l2", "linf")]
@@ -611,7 +650,7 @@ class TestMarkdown:
         ) in text
         assert (
             "| l2 omega-bound (estimate), served | 0.236 | 0.407 | 0.579 ± 0.020 "
-            "| 1 of 60, at most 8.94% (95%) |" in text
+            "| 60 | 1 of 60, at most 8.94% (95%) |" in text
         )
         assert "| unbounded attack succeeds | failed | 100% at an unbounded budget | 97% (n = 60) |" in text
         # what stands under attackers who know comes before detection of those who do not

@@ -126,7 +126,7 @@ class TestBundle:
         *_, tested = read_metrics(run)
         for part in (
             "# colours",
-            f"guard train --dataset {data.stem} --arch small --regularizer tulip:eps=0.05,weight=0.01",
+            f"guard train --dataset {data.name} --arch small --regularizer tulip:eps=0.05,weight=0.01",
             f"{tested['test_accuracy']:.2%} of 20 clean images",
             "| held out | 10 training images |",
         ):
@@ -136,7 +136,7 @@ class TestBundle:
         config = read_config(run)
         settings = {"schedule": "cosine", "mirror": False, "padding": 0, "momentum": 0.5, "nesterov": False}
         config["settings"] |= settings
-        config["data"]["name"] = "my photos"
+        config["provenance"]["arguments"]["dataset"] = "/some/where/my photos"
         words = shlex.split(train_command(config))
         assert words[:2] == ["guard", "train"]
         parser = argparse.ArgumentParser()
@@ -145,6 +145,8 @@ class TestBundle:
         assert given.dataset == "my photos"
         assert (given.schedule, given.mirror, given.padding, given.momentum) == ("cosine", False, 0, 0.5)
         assert given.regularizers == ["tulip:eps=0.05,weight=0.01"]
+        config["provenance"]["processes"] = 2
+        assert train_command(config).startswith("torchrun --nproc_per_node=2 -m guard train --dataset")
         # Every setting has its flag, which may be left out where it is the default.
         defaults = asdict(Settings())
         for name, value in config["settings"].items():

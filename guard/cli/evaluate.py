@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,8 @@ def _check_twin(twin: "Bundle", found: "Bundle") -> None:
         what = f"has {len(theirs.class_names)} classes, {found.path} {len(ours.class_names)}"
     elif theirs.class_names != ours.class_names and set(theirs.class_names) == set(ours.class_names):
         what = f"has the classes of {found.path} in another order"
+    elif twin.digest == found.digest:
+        what = f"is the model of {found.path} itself"
     else:
         return
     raise UsageError(f"--twin {twin.path}: {what}. A twin is the same network, trained without a defence.")
@@ -300,7 +303,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def summary(results: "Results", out: Path) -> str:
     """The result in at most 80 columns: the verdict first."""
-    from guard.evaluation.report import words
+    from guard.evaluation.report import findings, words
 
     lines = [
         f"{results.bundle['name']} on {results.images} images of {results.data['name']}",
@@ -317,6 +320,8 @@ def summary(results: "Results", out: Path) -> str:
         "clean: without attack; alone: right under every attack, nothing rejected",
     ]
     lines += [line for standing in results.standing for line in _standing_lines(standing)]
+    for score in results.scores:
+        lines += textwrap.wrap(findings.unknowing(results, score), _WIDTH - 1)
     plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
     if plain:
         lines += [

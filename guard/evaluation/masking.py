@@ -20,6 +20,9 @@ DRAWS = 100
 TOLERANCE = 0.01
 """Share of images that an attack may win over another by luck: one image, or one in a hundred."""
 
+BLACK_BOX = ("scores", "decisions", "another network")
+"""What attacks know that see no gradient of the model's."""
+
 PASSES = 3 * (sum(STEPS) + len(STEPS)) * 2 + 3 * 2 * (UNBOUNDED_STEPS + 1) + 2 * DRAWS
 """Cost of `probe` per image in forward passes, at most, for two norms."""
 
@@ -158,7 +161,8 @@ def _random_search(probed: Arrays, norm: Norm, eps: float) -> Check:
 
 
 def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
-    """Of the images that some attack of either kind was run on, those that only queries broke.
+    """Of the images that some attack of either kind was run on, those that only a black box broke: by
+    queries, or by transfer from another network.
 
     Only attacks made for this norm and budget count, or for the nearest image in this norm: others are no
     measure of what their kind can do here. Those that know the detector, and may stop at images broken
@@ -170,29 +174,30 @@ def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
         if one.result.aware is None and one.result.norm == norm and one.result.budget in (None, eps)
     ]
     white = [one for one in plain if one.result.knowledge == "gradients"]
-    black = [one for one in plain if one.result.knowledge in ("scores", "decisions")]
+    black = [one for one in plain if one.result.knowledge in BLACK_BOX]
     rows = np.intersect1d(_rows(white), _rows(black))
-    expected = f"queries alone break no image within {eps:.4g} that gradients do not"
-    name = f"gradients beat queries, {norm}"
+    expected = f"queries and transfer break no image within {eps:.4g} that gradients do not"
+    name = f"gradients beat black boxes, {norm}"
     if not len(rows):
         return Check(
             name=name,
             verdict="not run",
             expected=expected,
-            found="no attacks of both kinds at this budget, or to the nearest image, on the same images",
+            found="no attacks of both kinds at this budget, or to the nearest image, on the same images; the "
+            "group decision and --twin add black boxes",
         )
     by_gradients = np.isin(rows, _broken(white, norm, eps))
-    by_queries = np.isin(rows, _broken(black, norm, eps))
-    alone = int((by_queries & ~by_gradients).sum())
+    by_black_box = np.isin(rows, _broken(black, norm, eps))
+    alone = int((by_black_box & ~by_gradients).sum())
     return Check(
         name=name,
         verdict="passed" if _few(alone, len(rows)) else "failed",
         expected=expected,
-        found=f"{alone} of {len(rows)} images; queries break {int(by_queries.sum())}, gradients "
+        found=f"{alone} of {len(rows)} images; black boxes break {int(by_black_box.sum())}, gradients "
         f"{int(by_gradients.sum())}",
         numbers={
-            "queries alone": alone,
-            "queries": int(by_queries.sum()),
+            "black box alone": alone,
+            "black box": int(by_black_box.sum()),
             "gradients": int(by_gradients.sum()),
             "n": len(rows),
             "budget": eps,

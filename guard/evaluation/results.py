@@ -209,6 +209,20 @@ class Results(Record):
     radii: list[RadiusAudit] = Field(default_factory=list)
     provenance: dict[str, Any]
 
+    def sought(self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None) -> bool:
+        """Whether an attack looked for the nearest image in a norm or, given a budget, was run at this one.
+
+        Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing.
+        Counted are attacks on the classifier alone or, with `aware`, those that know this score.
+        """
+        return any(
+            one.norm == norm
+            and one.aware == aware
+            and one.knowledge != "nothing"
+            and (one.budget is None or (budget is not None and same(one.budget, budget)))
+            for one in self.attacks
+        )
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -221,6 +235,13 @@ class Finished:
         """Which of the attacked images (n,) it got wrong within `budget` by the perturbation's own norm."""
         reach = self.arrays[norm] <= budget * (1 + ROUNDING) + ROUNDING
         return np.asarray(self.arrays["wrong"] & reach, np.bool_)
+
+
+def same(one: float | None, other: float | None) -> bool:
+    """Whether two budgets are the same number, up to rounding."""
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
 def share(flags: Flags) -> Share:
@@ -240,8 +261,7 @@ def summary(values: Values) -> Summary | None:
     n = len(finite)
     if n < 2:
         return None
-    spread = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a binomial count at 1/2
-    low = max(0, math.floor(n / 2 - spread) - 1)
+    low = median_rank(n)
     return Summary(
         n=n,
         mean=float(finite.mean()),
@@ -250,6 +270,12 @@ def summary(values: Values) -> Summary | None:
         median_lower=float(finite[low]),
         median_upper=float(finite[n - 1 - low]),
     )
+
+
+def median_rank(n: int) -> int:
+    """How many of n ordered values lie outside the median's 95% interval on either side."""
+    spread = 0.98 * math.sqrt(n)  # 1.96 standard deviations of a binomial count at 1/2
+    return max(0, math.floor(n / 2 - spread) - 1)
 
 
 def detection(accepted: Flags, attacked: Values, clean: Values) -> Detection:

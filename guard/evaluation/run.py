@@ -64,7 +64,7 @@ from guard.stages import PIECE, Arrays, Stages
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
 not mixed with."""
 
@@ -757,8 +757,8 @@ class _Run:
             seconds.append(time.perf_counter() - started)
         each = min(seconds) / len(images)
         log.info(
-            "attacks to run: %d, each at its budgets; at most %.2g forward passes, %s at the speed of this "
-            "machine; most take fewer",
+            "attacks to run: %d, each at its budgets; at most %.2g forward passes, and most take fewer; so "
+            "many take the model alone %s here",
             len({task.attack.name for task in left}),
             total,
             duration(each * total),

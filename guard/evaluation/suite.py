@@ -8,11 +8,11 @@ from typing import Literal
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.errors import UsageError
-from guard.evaluation import adaptive, controls, gradient, libraries, over_http, unseen
+from guard.evaluation import adaptive, controls, gradient, libraries, over_http, top_five, unseen
 from guard.evaluation.attack import Attack
 from guard.evaluation.target import Classifier
 
-MODULES = (gradient, adaptive, libraries, unseen, controls, over_http)
+MODULES = (gradient, adaptive, libraries, unseen, controls, over_http, top_five)
 """Modules of attacks, each with `ATTACKS`."""
 
 DEFAULT = (
@@ -40,6 +40,7 @@ Group = Literal[
     "unseen",
     "controls",
     "autoattack",
+    "top5",
     "all",
 ]
 
@@ -52,6 +53,7 @@ GROUPS: dict[Group, str] = {
     "unseen": "changes that are no small norm: flow, colours, compression",
     "controls": "noise and corruptions that know nothing of the model",
     "autoattack": "AutoAttack's standard suite",
+    "top5": "for many classes: out of the five most probable ones",
     "all": "everything that is installed",
 }
 
@@ -76,7 +78,8 @@ def belongs(attack: Attack, group: Group) -> bool:
     """Whether the attack is one of the group's."""
     queries = attack.knowledge in ("scores", "decisions")
     adaptive = attack.aware is not None or attack.knowledge == "another network"
-    plain = attack.knowledge == "gradients" and attack.norm is not None and not adaptive
+    top5 = attack in top_five.ATTACKS
+    plain = attack.knowledge == "gradients" and attack.norm is not None and not adaptive and not top5
     match group:
         case "default":
             return common_name(attack).rpartition("-")[0] in DEFAULT
@@ -94,6 +97,8 @@ def belongs(attack: Attack, group: Group) -> bool:
             return attack.knowledge == "nothing"
         case "autoattack":
             return _whole_autoattack(attack)
+        case "top5":
+            return top5
         case "all":
             return True
 

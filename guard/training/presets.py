@@ -472,12 +472,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name; raises `UsageError`, with names like it, where there is none."""
+    """The preset of that name; raises `UsageError`, with all names, where there is none."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
-        papers = {entry.paper: entry.name for entry in PRESETS.values()}
-        meant = ", ".join(close or papers.values())
-        raise UsageError(f"unknown preset {name!r}: expected one of guard train --presets, such as {meant}.")
+        near = f" (near it: {', '.join(close)})" if close else ""
+        raise UsageError(f"unknown preset {name!r}{near}: expected one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 

@@ -73,7 +73,7 @@ def _errors(
         return None
     low = max(_FLOOR, float(np.quantile(positive[positive > 0], 0.01)))
     # Beyond the largest budget, where nothing looked for the nearest image, only other norms' attacks lie.
-    high = max(budgets) if budgets and not evaluation.sought(norm) else float(positive.max())
+    high = max(budgets) if budgets and not evaluation.results.sought(norm) else float(positive.max())
     if stability is not None:
         high = max(high, _reach(stability))
     across = plots.logarithmic(low, max(high, 2 * low), f"distance, {norm}")
@@ -260,7 +260,7 @@ def _histograms(evaluation: Evaluation) -> Iterable[Figure]:
 
 def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
     """Radius against the smallest distance found, on accepted images, as the audit of radii counts them."""
-    if norm not in evaluation.aimed and not evaluation.sought(norm):
+    if norm not in evaluation.aimed and not evaluation.results.sought(norm):
         return None
     distance = np.where(evaluation.right, evaluation.nearest(norm), np.inf)
     distance = np.minimum(distance, evaluation.aimed.get(norm, np.inf))

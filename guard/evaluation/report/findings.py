@@ -3,9 +3,10 @@
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.evaluation.report import words
-from guard.evaluation.report.reading import Evaluation, plain
-from guard.evaluation.results import Standing
+from guard.evaluation.report.reading import MANY_CLASSES, Evaluation, plain
+from guard.evaluation.results import Results, Standing
 
+TOP_5 = "top 5"
 FAMILIES = {
     "FGSM": ("fgsm",),
     "I-FGSM": ("ifgsm", "iterated"),
@@ -21,6 +22,7 @@ FAMILIES = {
     "HopSkipJump": ("hopskipjump",),
     "Square": ("square",),
     "AutoAttack": ("autoattackl",),
+    TOP_5: ("top5",),
     "Wasserstein": ("wasserstein",),
     "spatial": ("spatial", "flow", "stadv"),
     "recolor": ("recolor",),
@@ -59,6 +61,7 @@ def not_run(evaluation: Evaluation) -> list[str]:
         family
         for family, prefixes in FAMILIES.items()
         if not any(one.startswith(prefix) for one in names for prefix in prefixes)
+        and (family != TOP_5 or evaluation.classes >= MANY_CLASSES)
     ]
 
 
@@ -66,11 +69,6 @@ def left_out(evaluation: Evaluation) -> str:
     """The attacks that were asked for and could not be run, each with its reason; empty: none."""
     refused = [f"{one.name} ({one.reason})" for one in evaluation.results.left_out]
     return f"Asked for and left out: {'; '.join(refused)}" if refused else ""
-
-
-def knowing(evaluation: Evaluation, score: ScoreName) -> list[str]:
-    """Names of the attacks of the run that know a score and evade it."""
-    return sorted({one.name for one in evaluation.results.attacks if one.aware == score})
 
 
 def false_alarms(evaluation: Evaluation) -> list[list[str]]:
@@ -109,20 +107,20 @@ def headline(evaluation: Evaluation) -> list[str]:
         clean = next((one.clean for one in results.standing if one.score == score), None)
         rejected = words.share(results.rejected.get(score))
         said.append(f"The same without attack: {words.share(clean)}. Clean images rejected: {rejected}.")
-    if unknown := unknowing(evaluation, score):
+    if unknown := unknowing(results, score):
         said.append(unknown)
     return said
 
 
-def unknowing(evaluation: Evaluation, score: ScoreName) -> str:
+def unknowing(results: Results, score: ScoreName) -> str:
     """At which budgets no attack of the run knows the score, in a sentence; empty where one does at all."""
-    if not knowing(evaluation, score):
+    if not any(one.aware == score for one in results.attacks):
         where = ""
     else:
         missing = [
             words.at(one.budget, one.norm)
-            for one in evaluation.results.standing
-            if one.score == score and not evaluation.sought(one.norm, one.budget, aware=score)
+            for one in results.standing
+            if one.score == score and not results.sought(one.norm, one.budget, aware=score)
         ]
         if not missing:
             return ""
@@ -148,10 +146,10 @@ def price(evaluation: Evaluation) -> list[str]:
     norms: tuple[Norm, Norm] = ("l2", "linf")
     for norm in norms:
         parts = []
-        if evaluation.sought(norm):
+        if evaluation.results.sought(norm):
             nearest = evaluation.nearest(norm)[evaluation.right]
             parts.append(f"to another class {words.middle(nearest)}")
-        if evaluation.sought(norm, aware=score):
+        if evaluation.results.sought(norm, aware=score):
             kept = evaluation.right & evaluation.accepted(score)
             accepted = evaluation.fallen(norm, score)[kept]
             parts.append(f"to another class that {score} accepts {words.middle(accepted)}")

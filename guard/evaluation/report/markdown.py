@@ -43,11 +43,19 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
                 words.number(one.mean_radius),
                 words.number(one.mean_distance),
                 words.tightness(one),
+                words.MISSING if one.found is None else str(one.found),
                 words.violations(one),
             ]
             for one in results.radii
         ]
-        head = ["radius (kind)", "mean", "mean smallest distance", "tightness", "attacked inside"]
+        head = [
+            "radius (kind)",
+            "mean",
+            "mean smallest distance",
+            "tightness",
+            "n of means",
+            "attacked inside",
+        ]
         lines += ["", *_table(head, rows)]
     lines += ["", *_table(["attack", "knows", "success", "median distance"], _attacks(evaluation))]
     lines += [

@@ -139,7 +139,10 @@ def _cards(both: Sequence[Evaluation]) -> str:
         results = evaluation.results
         of = f"{findings.name(evaluation)}: " if len(both) > 1 else ""
         cards = [
-            (f"{of}right and accepted under attack in {words.at(one.budget, one.norm)}", one.standing)
+            (
+                f"{of}right and accepted under attack in {words.at(one.budget, one.norm)}",
+                one.complete or one.standing,
+            )
             for one in findings.leading(evaluation)
         ]
         cards.append((f"{of}clean accuracy", results.accuracy))
@@ -192,7 +195,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
         of = f"{name}: " if len(both) > 1 else ""
         head += [f"{of}under attack", f"{of}without"]
     columns = "".join(f"<th>{escape(text)}</th>" for text in [*head, "worst attack (images)"])
-    unknown = [findings.unknowing(both[0], score) for score in both[0].results.scores]
+    unknown = [findings.unknowing(both[0].results, score) for score in both[0].results.scores]
     warning = "".join(f'<p class="warn">{escape(sentence)}</p>' for sentence in unknown if sentence)
     return (
         "<h3>Robust accuracy with rejection: right and accepted under all attacks of the run</h3>"
@@ -257,11 +260,12 @@ def _radii(both: Sequence[Evaluation]) -> str:
                     words.number(one.mean_radius),
                     words.number(one.mean_distance),
                     words.tightness(one),
+                    words.MISSING if one.found is None else str(one.found),
                 ]
             )
     if not rows:
         return "<p>The run audited no radii.</p>"
-    head = ["radius", "attacked inside", "mean radius", "mean smallest distance", "tightness"]
+    head = ["radius", "attacked inside", "mean radius", "mean smallest distance", "tightness", "n of means"]
     kinds = dict.fromkeys(one.kind for evaluation in both for one in evaluation.results.radii)
     meant = "; ".join(f"{kind}: {words.KINDS.get(kind, 'of a kind unknown here')}" for kind in kinds)
     head = ["model", *head] if len(both) > 1 else head

@@ -21,12 +21,16 @@ from guard.evaluation.results import (
     Results,
     load,
     load_arrays,
+    same,
     share_of,
 )
 
 Arrays = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
+
+MANY_CLASSES = 1000
+"""From so many classes on, SCALE counts an image as wrong where its class is not among the top five."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +120,6 @@ class Evaluation:
         """Whether any attack of the run was made for a norm."""
         return any(attack.result.norm == norm for attack in self.attacks)
 
-    def sought(self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None) -> bool:
-        """Whether an attack looked for the nearest image in a norm or, given a budget, was run at this one.
-
-        Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing.
-        Counted are attacks on the classifier alone or, with `aware`, those that know this score.
-        """
-        return any(
-            one.norm == norm
-            and one.aware == aware
-            and one.knowledge != "nothing"
-            and (one.budget is None or (budget is not None and same(one.budget, budget)))
-            for one in self.results.attacks
-        )
-
     def nearest(self, norm: Norm) -> Values:
         """Smallest distance at which any attack found another class (N,): 0 where wrong already, else inf."""
         return self._smallest(norm, None)
@@ -197,13 +187,6 @@ class Evaluation:
 def plain(name: str) -> str:
     """A name without the signs that people put into it in different ways."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def same(one: float | None, other: float | None) -> bool:
-    """Whether two budgets are the same number, up to rounding."""
-    if one is None or other is None:
-        return one is other
-    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
 def read(folder: Path) -> Evaluation:

@@ -7,7 +7,14 @@ from numpy.typing import NDArray
 
 from guard.bundle import Share
 from guard.evaluation.report.reading import Attacked
-from guard.evaluation.results import AttackResult, Detection, RadiusAudit, Standing, Summary
+from guard.evaluation.results import (
+    AttackResult,
+    Detection,
+    RadiusAudit,
+    Standing,
+    Summary,
+    median_rank,
+)
 
 MISSING = "–"
 
@@ -143,9 +150,8 @@ def duration(seconds: float) -> str:
 
 
 def middle(values: NDArray[np.float64]) -> str:
-    """The median of distances, infinite ones included, with its 95% interval by order statistics.
-
-    Fewer than six values have no such interval.
+    """The median of distances, infinite ones included, with its 95% interval by order statistics, the same
+    as `Summary` has. Fewer than six values have no such interval.
     """
     ordered = np.sort(values)
     n = len(ordered)
@@ -154,7 +160,6 @@ def middle(values: NDArray[np.float64]) -> str:
     median = number(float(ordered[n // 2] + ordered[(n - 1) // 2]) / 2)
     if n < 6:
         return f"{median} (n = {n})"
-    spread = 0.98 * n**0.5
-    low, high = max(0, math.floor(n / 2 - spread)), min(n - 1, math.ceil(n / 2 + spread))
-    ends = f"{number(float(ordered[low]))}, {number(float(ordered[high]))}"
+    low = median_rank(n)
+    ends = f"{number(float(ordered[low]))}, {number(float(ordered[n - 1 - low]))}"
     return f"{median} [{ends}] (n = {n})"
