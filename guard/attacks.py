@@ -130,14 +130,18 @@ def finite(points: Floats, logits: Floats | NDArray[np.float64]) -> NDArray[np.b
     )
 
 
+def ranked(logits: Floats | NDArray[np.float64], labels: Labels) -> Labels:
+    """The classes (B, K - 1) other than the labels, the most probable first."""
+    masked = logits.astype(np.float64)
+    np.put_along_axis(masked, labels[:, None], -np.inf, axis=1)
+    return np.asarray(np.argsort(-masked, axis=1, kind="stable")[:, :-1], np.int64)
+
+
 def others(logits: Floats | NDArray[np.float64], labels: Labels, place: int = 1) -> Labels:
     """The class (B,) that is the most probable but the labels' one (place 1), the next (2), ...; the last
     where there are fewer.
     """
-    masked = logits.astype(np.float64)
-    np.put_along_axis(masked, labels[:, None], -np.inf, axis=1)
-    order = np.argsort(-masked, axis=1, kind="stable")
-    return np.asarray(order[:, min(place, logits.shape[1] - 1) - 1], np.int64)
+    return np.asarray(ranked(logits, labels)[:, min(place, logits.shape[1] - 1) - 1], np.int64)
 
 
 def steepest(gradient: Floats, norm: Norm) -> Floats:
@@ -320,9 +324,7 @@ def nearest(
     - z_c, for the images whose linearized distance to it is below `WITHIN` times the nearest found so far.
     """
     best = minimum_norm(model, images, labels, norm=norm, steps=steps, clip=clip)
-    logits = model.logits(images)
-    for place in range(2, min(classes, model.num_classes - 1) + 1):
-        target = others(logits, labels, place)
+    for target in ranked(model.logits(images), labels).T[1:classes]:
         _, values, gradient = _towards(model, images, labels, target)
         linear = -values / np.maximum(dual_length(gradient, norm), TINY)
         rows = np.flatnonzero(linear < WITHIN * best.distance)

@@ -11,6 +11,9 @@ from guard.evaluation.target import Target
 
 Knowledge = Literal["gradients", "scores", "decisions", "another network", "nothing"]
 
+BLACK_BOX: tuple[Knowledge, ...] = ("scores", "decisions", "another network")
+"""What attacks know that see no gradient of the model's."""
+
 BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 """Those attacks are run at where nothing else is asked for."""
 
@@ -80,8 +83,7 @@ class Task:
     @property
     def skips(self) -> bool:
         """Whether images that a cheaper attack broke already, for the same score and budget, are spared."""
-        blind = self.attack.knowledge in ("scores", "decisions", "another network")
-        dear = blind or self.attack.passes >= SPARING
+        dear = self.attack.knowledge in BLACK_BOX or self.attack.passes >= SPARING
         return self.attack.aware is not None and self.budget is not None and dear and not self.denial
 
 

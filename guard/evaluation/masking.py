@@ -11,6 +11,7 @@ import numpy as np
 
 from guard import attacks
 from guard.attacks import Differentiable, Floats, Labels, Norm, column, misclassified, random_directions
+from guard.evaluation.attack import BLACK_BOX
 from guard.evaluation.results import Check, Finished, Flags
 from guard.stages import Arrays
 
@@ -19,9 +20,6 @@ UNBOUNDED_STEPS = 80
 DRAWS = 100
 TOLERANCE = 0.01
 """Share of images that an attack may win over another by luck: one image, or one in a hundred."""
-
-BLACK_BOX = ("scores", "decisions", "another network")
-"""What attacks know that see no gradient of the model's."""
 
 PASSES = 3 * (sum(STEPS) + len(STEPS)) * 2 + 3 * 2 * (UNBOUNDED_STEPS + 1) + 2 * DRAWS
 """Cost of `probe` per image in forward passes, at most, for two norms."""

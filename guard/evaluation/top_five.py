@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, Norm, others
+from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, Norm, ranked
 from guard.errors import UsageError
-from guard.evaluation.attack import BUDGETS, Attack
+from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.gradient import NORMS, smallest_budget
 from guard.evaluation.target import Classifier, Target
 
@@ -46,7 +46,7 @@ class TopFive:
             raise ValueError(f"loss is {loss!r}; expected 'margin'")
         index = np.arange(len(images))
         found = self.model.logits(images)
-        *first, fifth = (others(found, labels, place) for place in range(1, FIVE + 1))
+        *first, fifth = ranked(found, labels).T[:FIVE]
         cotangents = np.zeros_like(found)
         cotangents[index, fifth], cotangents[index, labels] = 1, -1
         logits, gradient = self.model.vjp(images, cotangents)
@@ -84,7 +84,7 @@ def pgd(
 def _within(
     target: Target, images: Floats, labels: Labels, budget: float | None, seed: int, *, norm: Norm
 ) -> Found:
-    return pgd(target.model, images, labels, budget or 0.0, norm=norm, seed=seed)
+    return pgd(target.model, images, labels, bound(budget), norm=norm, seed=seed)
 
 
 def _nearest(
