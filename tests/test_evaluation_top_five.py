@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.attacks import Floats, Labels, Norm, dual_length
+from guard.attacks import FORWARD, GRADIENT, Floats, Labels, Norm, dual_length
 from guard.errors import UsageError
 from guard.evaluation import top_five
 from guard.evaluation.target import Target
@@ -70,6 +70,15 @@ def test_the_nearest_lies_where_the_attack_of_its_budget_begins_to_succeed(norm:
     longer = top_five.pgd(model, images, labels, 1.01 * distance, norm=norm, restarts=1)
     assert shorter.success.sum() <= 2
     assert longer.success.mean() >= 0.9
+
+
+def test_every_pass_is_booked() -> None:
+    model, _ = linear()
+    images, labels = right_images(model)
+    found = top_five.pgd(model, images, labels, 1e-3, norm="l2", restarts=1)
+    assert not found.success.any()
+    assert found.passes is not None
+    assert (found.passes == (top_five.STEPS + 1) * (GRADIENT + FORWARD)).all()
 
 
 def test_models_of_few_classes_are_refused() -> None:
