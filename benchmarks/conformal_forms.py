@@ -1,6 +1,6 @@
 """Which form of conformal radius reaches furthest? Several, on training images that the model never saw.
 
-    python benchmarks/conformal_forms.py models/cifar10 --dataset cifar10 --held-out 1000 --images 600 \
+    python -m benchmarks.conformal_forms models/cifar10 --dataset cifar10 --held-out 1000 --images 600 \
         --cache runs/forms --out benchmarks/results/conformal_forms
 
 Distances are those of `guard.attacks.nearest`, 20 steps, on accepted images, and for comparison of
@@ -10,32 +10,24 @@ them the radii that the bundle serves. The form is chosen here, so that the fold
 unseen. `--cache` keeps distances by piece, to go on where a run stopped.
 """
 
-import argparse
-import json
-import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from guard import attacks, data, statistics
+from benchmarks import held_out
+from guard import attacks, statistics
 from guard.attacks import Norm
 from guard.certificate import effective_slope, first_order_radius
 from guard.decision import Guard
-from guard.progress import Progress
 from guard.runtime import Measurement
-from guard.settings import Policy
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Form = Callable[[Values, Indices, float], Values]
 """`form(distance, part, alpha)`: radii (n,) of all images, calibrated on the distances of those of `part`."""
 
-PIECE = 50
 STEPS = 20
 ALPHAS = (0.01, 0.05)
 SPLITS = 200
@@ -43,34 +35,12 @@ NORMS: tuple[Norm, Norm] = ("l2", "linf")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--held-out", type=int, default=1000, help="last training images, as in the training")
-    parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    guard = Guard.from_bundle(given.bundle, threads=given.threads, policy=Policy())
-    dataset = data.load(given.dataset, "train")
-    last = np.arange(len(dataset) - given.held_out, len(dataset))
-    index = np.random.default_rng(5).permutation(last)[: given.images]
-    images = data.to_floats(dataset.images[index])
+    given = held_out.parser(__doc__, 600).parse_args()
+    guard, images = held_out.load(given)
     measured = guard.measure(images)
     accepted = guard.ratios(measured) <= 1
     images, measured = images[accepted], measured[accepted]
-    result: dict[str, Any] = {
-        "command": "python benchmarks/conformal_forms.py " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-        "machine": platform.processor() or platform.machine(),
-        "model": guard.bundle.digest,
-        "images": len(images),
-        "steps": STEPS,
-        "splits": SPLITS,
-    }
+    result = held_out.facts("conformal_forms", guard, images) | {"steps": STEPS, "splits": SPLITS}
     lines = []
     for norm in NORMS:
         both = distances(guard, images, measured.labels, norm, given.cache)
@@ -99,31 +69,21 @@ def main() -> None:
                 ]
                 lines.append(f"| {norm} | {suite} | {name} | {' | '.join(cells)} |")
     print("\n".join(lines))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    held_out.write(given.out, result)
 
 
 def distances(
     guard: Guard, images: NDArray[np.float32], labels: NDArray[np.int64], norm: Norm, cache: Path
 ) -> dict[str, Values]:
     """Smallest distances (n,) by both attacks."""
-    cache.mkdir(parents=True, exist_ok=True)
-    pieces: list[dict[str, Values]] = []
-    with Progress(len(images), f"distances {norm}") as progress:
-        for start in range(0, len(images), PIECE):
-            some = slice(start, start + PIECE)
-            file = cache / f"{norm}-{start:05d}.npz"
-            if not file.is_file():
-                found = {
-                    run.__name__: run(guard.detector, images[some], labels[some], norm=norm, steps=STEPS)
-                    for run in (attacks.minimum_norm, attacks.nearest)
-                }
-                np.savez(file, allow_pickle=False, **{name: one.distance for name, one in found.items()})
-            with np.load(file) as archive:
-                pieces.append(dict(archive))
-            progress.advance(len(images[some]))
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def both(rows: NDArray[np.intp]) -> held_out.Arrays:
+        return {
+            run.__name__: run(guard.detector, images[rows], labels[rows], norm=norm, steps=STEPS).distance
+            for run in (attacks.minimum_norm, attacks.nearest)
+        }
+
+    return held_out.pieces(cache / f"{norm}-distances", np.arange(len(images)), both)
 
 
 def forms(measured: Measurement, norm: Norm) -> dict[str, Form]:

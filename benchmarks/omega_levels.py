@@ -1,6 +1,6 @@
 """At which level should omega be read? Radii against strong attacks, on training images the model never saw.
 
-    python benchmarks/omega_levels.py models/cifar10 --images 1000 --cache runs/levels \
+    python -m benchmarks.omega_levels models/cifar10 --images 1000 --cache runs/levels \
         --out benchmarks/results/omega_levels
 
 The fits behind a bundle's omega are read at several levels: the share of images whose remainder is to exceed
@@ -9,62 +9,35 @@ of `guard evaluate` from inside every served radius. `--cache` keeps distances b
 stopped.
 """
 
-import argparse
-import json
-import platform
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from scipy import stats
 
-from guard import data, extremes, statistics
+from benchmarks import held_out
+from guard import extremes, statistics
 from guard.attacks import Norm
 from guard.bundle import Calibration, ExtremeFit
 from guard.certificate import OmegaTable, effective_slope, omega_radius
 from guard.decision import NORMS, Guard, table_of
 from guard.evaluation import audit
 from guard.evaluation.target import Target
-from guard.progress import Progress
-from guard.settings import Policy
 
 Values = NDArray[np.float64]
 
-PIECE = 50
 LEVELS = (0.003, 0.001, 0.0005, 0.0003, 0.0002, 0.0001)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--held-out", type=int, default=1000, help="last training images, as in the training")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    guard = Guard.from_bundle(given.bundle, threads=given.threads, policy=Policy())
+    given = held_out.parser(__doc__, 1000).parse_args()
+    guard, images = held_out.load(given)
     calibration = guard.calibration
-    dataset = data.load(given.dataset, "train")
-    last = np.arange(len(dataset) - given.held_out, len(dataset))
-    images = data.to_floats(dataset.images[np.random.default_rng(5).permutation(last)[: given.images]])
     measured = guard.measure(images)
     accepted = guard.ratios(measured) <= 1
     images, measured = images[accepted], measured[accepted]
-    result: dict[str, Any] = {
-        "command": "python benchmarks/omega_levels.py " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-        "machine": platform.processor() or platform.machine(),
-        "model": guard.bundle.digest,
-        "images": len(images),
-    }
+    result = held_out.facts("omega_levels", guard, images)
     for norm in NORMS:
         distance = distances(guard, images, norm, given.cache)
         gradient = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
@@ -83,26 +56,19 @@ def main() -> None:
                 f"| {norm} | {name} | {one['tightness']:.3f} | {one['violations']} of {len(images)} "
                 f"(<= {one['at_most']:.2%}) |"
             )
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    held_out.write(given.out, result)
 
 
 def distances(guard: Guard, images: NDArray[np.float32], norm: Norm, cache: Path) -> Values:
     """Smallest distances (n,) at which an attack changed the prediction; inf where none did."""
-    cache.mkdir(parents=True, exist_ok=True)
     target = Target(guard.detector, {guard.calibration.score: guard})
-    pieces: list[Values] = []
-    with Progress(len(images), f"attacks {norm}") as progress:
-        for start in range(0, len(images), PIECE):
-            some = images[start : start + PIECE]
-            file = cache / f"{norm}-{start:05d}.npy"
-            if not file.is_file():
-                measured = guard.measure(some)
-                np.save(file, audit.attacks_inside(target, guard.bundle, some, measured, norm, seed=start))
-            pieces.append(np.load(file))
-            progress.advance(len(some))
-    return np.concatenate(pieces)
+
+    def inside(rows: NDArray[np.intp]) -> held_out.Arrays:
+        some, seed = images[rows], int(rows[0])
+        found = audit.attacks_inside(target, guard.bundle, some, guard.measure(some), norm, seed=seed)
+        return {"distance": found}
+
+    return held_out.pieces(cache / f"{norm}-inside", np.arange(len(images)), inside)["distance"]
 
 
 def table(calibration: Calibration, norm: Norm, level: float) -> OmegaTable:

@@ -1,6 +1,6 @@
 """Omega against the gradient's slope and against one that knows the third class, cross-fitted.
 
-    python benchmarks/omega_slopes.py models/cifar10 --images 300 --norms l2 --cache runs/slopes \
+    python -m benchmarks.omega_slopes models/cifar10 --images 300 --norms l2 --cache runs/slopes \
         --out benchmarks/results/omega_slopes
 
 On training images that the model never saw, so that choices leave the folds of a calibration unseen: the
@@ -9,68 +9,34 @@ four ways round, three times. Remainders are searched as calibration does, but f
 keeps them by piece, to go on where a run stopped.
 """
 
-import argparse
-import json
-import platform
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
-import scipy
 from numpy.typing import NDArray
 
-from guard import attacks, data, fitting
+from benchmarks import held_out
+from benchmarks.held_out import Arrays, pieces
+from guard import attacks, fitting
 from guard.attacks import Norm
 from guard.certificate import first_order_radius, omega_radius
 from guard.decision import Guard
 from guard.fitting import EPS, Effort
-from guard.progress import Progress
-from guard.settings import Policy
 
 Values = NDArray[np.float64]
-Arrays = dict[str, NDArray[Any]]
 
-PIECE = 50
 ROUNDS, QUARTERS = 3, 4
 BINS = ((70, 14), (110, 11), (225, 22))
 """Least images and blocks of a bin."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--held-out", type=int, default=1000, help="last training images, as in the training")
-    parser.add_argument("--images", type=int, default=300)
+    parser = held_out.parser(__doc__, 300)
     parser.add_argument("--norms", nargs="+", default=["l2", "linf"])
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    guard = Guard.from_bundle(given.bundle, threads=given.threads, policy=Policy())
-    dataset = data.load(given.dataset, "train")
-    last = np.arange(len(dataset) - given.held_out, len(dataset))
-    images = data.to_floats(dataset.images[np.random.default_rng(5).permutation(last)[: given.images]])
+    guard, images = held_out.load(given)
     measured = guard.measure(images)
     accepted = guard.ratios(measured) <= 1
-    given.cache.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "command": "python benchmarks/omega_slopes.py " + " ".join(sys.argv[1:]),
-        "versions": {
-            "python": platform.python_version(),
-            "onnxruntime": onnxruntime.__version__,
-            "scipy": scipy.__version__,
-        },
-        "machine": platform.processor() or platform.machine(),
-        "model": guard.bundle.digest,
-        "images": len(images),
-        "accepted": int(accepted.sum()),
-    }
+    result = held_out.facts("omega_slopes", guard, images) | {"accepted": int(accepted.sum())}
     for norm in given.norms:
         gradient = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
 
@@ -92,23 +58,7 @@ def main() -> None:
                 }
                 result[f"{norm}, {name}, bins of {least}"] = entry
                 print(norm, name, least, entry)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def pieces(name: Path, rows: NDArray[np.intp], compute: Callable[[NDArray[np.intp]], Arrays]) -> Arrays:
-    """What `compute` gives for the images at `rows`, from the cache where it is there."""
-    parts = []
-    with Progress(len(rows), name.name) as progress:
-        for start in range(0, len(rows), PIECE):
-            file = name.with_name(f"{name.name}-{start:05d}.npz")
-            if not file.is_file():
-                np.savez(file, allow_pickle=False, **compute(rows[start : start + PIECE]))
-            with np.load(file) as archive:
-                parts.append(dict(archive))
-            progress.advance(len(rows[start : start + PIECE]))
-    return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+    held_out.write(given.out, result)
 
 
 def remainders(
