@@ -63,6 +63,7 @@ list shows every attack and its cost):
   unseen        changes that are no small norm: flow, colours, compression
   controls      noise and corruptions that know nothing of the model
   autoattack    AutoAttack's standard suite
+  top5          for many classes: out of the five most probable ones
   all           everything that is installed""",
         example="""\
 guard evaluate --val cifar10 --quick --out results/quick

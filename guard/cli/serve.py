@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
     command += ["--host", arguments.host, "--port", str(arguments.port)]
-    os.execve(sys.executable, command, os.environ | {"GUARD_MODEL": str(folder)})  # noqa: S606
+    environment = {"BENTOML_DO_NOT_TRACK": "True"} | os.environ | {"GUARD_MODEL": str(folder)}
+    os.execve(sys.executable, command, environment)  # noqa: S606
 
 
 def _check_free(host: str, port: int) -> None:

@@ -180,8 +180,8 @@ class _Run:
                     f"scores cannot be calibrated: give that data, or --scores {served}."
                 )
             log.warning(
-                "%s is not the data that %s was calibrated on: all its images are used, and the promised "
-                "rate of false alarms need not hold on them",
+                "%s is not the data that %s was calibrated on: images are drawn from all of it, and the "
+                "promised rate of false alarms need not hold on them",
                 dataset.name,
                 self.found.path,
             )
