@@ -22,6 +22,7 @@ from guard.attacks import Norm
 from guard.certificate import effective_slope, first_order_radius
 from guard.decision import Guard
 from guard.runtime import Measurement
+from guard.stages import Arrays
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -77,13 +78,13 @@ def distances(
 ) -> dict[str, Values]:
     """Smallest distances (n,) by both attacks."""
 
-    def both(rows: NDArray[np.intp]) -> held_out.Arrays:
+    def both(rows: NDArray[np.int64]) -> Arrays:
         return {
             run.__name__: run(guard.detector, images[rows], labels[rows], norm=norm, steps=STEPS).distance
             for run in (attacks.minimum_norm, attacks.nearest)
         }
 
-    return held_out.pieces(cache / f"{norm}-distances", np.arange(len(images)), both)
+    return held_out.pieces(cache / f"{norm}-distances", guard, images, np.arange(len(images)), both)
 
 
 def forms(measured: Measurement, norm: Norm) -> dict[str, Form]:

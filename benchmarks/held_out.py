@@ -3,6 +3,7 @@ calibration stay unseen, and work kept by piece, to go on where a run stopped.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import sys
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from guard import data
 from guard.decision import Guard
+from guard.files import write_text
 from guard.progress import Progress
 from guard.settings import Policy
-
-Arrays = dict[str, NDArray[Any]]
+from guard.stages import Arrays, Stages
 
 PIECE = 50
 
@@ -61,22 +62,23 @@ def facts(name: str, guard: Guard, images: NDArray[np.float32]) -> dict[str, Any
     }
 
 
-def pieces(name: Path, rows: NDArray[np.intp], compute: Callable[[NDArray[np.intp]], Arrays]) -> Arrays:
-    """What `compute` gives for the images at `rows`, from files beside `name` where they are there."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    parts = []
+def pieces(
+    name: Path,
+    guard: Guard,
+    images: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    compute: Callable[[NDArray[np.int64]], Arrays],
+) -> Arrays:
+    """What `compute` gives for the `images` at `rows`, kept for this bundle and them."""
+    key = {
+        "model": guard.bundle.digest,
+        "calibration": guard.calibration.model_dump(mode="json"),
+        "images": hashlib.sha256(images.tobytes()).hexdigest(),
+    }
     with Progress(len(rows), name.name) as progress:
-        for start in range(0, len(rows), PIECE):
-            file = name.with_name(f"{name.name}-{start:05d}.npz")
-            if not file.is_file():
-                np.savez(file, allow_pickle=False, **compute(rows[start : start + PIECE]))
-            with np.load(file) as archive:
-                parts.append(dict(archive))
-            progress.advance(len(rows[start : start + PIECE]))
-    return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+        return Stages(name, key, progress, doing="kept").run(name.name, rows, compute, size=PIECE)
 
 
 def write(out: Path | None, result: dict[str, Any]) -> None:
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        write_text(out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")

@@ -24,6 +24,7 @@ from guard.certificate import OmegaTable, effective_slope, omega_radius
 from guard.decision import NORMS, Guard, table_of
 from guard.evaluation import audit
 from guard.evaluation.target import Target
+from guard.stages import Arrays
 
 Values = NDArray[np.float64]
 
@@ -63,12 +64,14 @@ def distances(guard: Guard, images: NDArray[np.float32], norm: Norm, cache: Path
     """Smallest distances (n,) at which an attack changed the prediction; inf where none did."""
     target = Target(guard.detector, {guard.calibration.score: guard})
 
-    def inside(rows: NDArray[np.intp]) -> held_out.Arrays:
+    def inside(rows: NDArray[np.int64]) -> Arrays:
         some, seed = images[rows], int(rows[0])
         found = audit.attacks_inside(target, guard.bundle, some, guard.measure(some), norm, seed=seed)
         return {"distance": found}
 
-    return held_out.pieces(cache / f"{norm}-inside", np.arange(len(images)), inside)["distance"]
+    return held_out.pieces(cache / f"{norm}-inside", guard, images, np.arange(len(images)), inside)[
+        "distance"
+    ]
 
 
 def table(calibration: Calibration, norm: Norm, level: float) -> OmegaTable:

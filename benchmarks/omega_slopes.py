@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import held_out
-from benchmarks.held_out import Arrays, pieces
+from benchmarks.held_out import pieces
 from guard import attacks, fitting
 from guard.attacks import Norm
 from guard.certificate import first_order_radius, omega_radius
 from guard.decision import Guard
 from guard.fitting import EPS, Effort
+from guard.stages import Arrays
 
 Values = NDArray[np.float64]
 
@@ -40,11 +41,13 @@ def main() -> None:
     for norm in given.norms:
         gradient = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
 
-        def distances(rows: NDArray[np.intp], norm: Norm = norm) -> Arrays:
+        def distances(rows: NDArray[np.int64], norm: Norm = norm) -> Arrays:
             found = attacks.nearest(guard.detector, images[rows], measured.labels[rows], norm=norm)
             return {"distance": found.distance}
 
-        known = pieces(given.cache / f"{norm}-distance", np.flatnonzero(accepted), distances)["distance"]
+        known = pieces(given.cache / f"{norm}-distance", guard, images, np.flatnonzero(accepted), distances)[
+            "distance"
+        ]
         distance = np.full(len(images), np.inf)
         distance[accepted] = known
         for name, typical in (("plain", 0.0), ("third class", float(np.median(gradient)))):
@@ -67,7 +70,7 @@ def remainders(
     """Margins and slopes (B,) and remainders (B, E) in units of the margin."""
     effort, detector = Effort(), guard.detector
 
-    def screening(rows: NDArray[np.intp]) -> Arrays:
+    def screening(rows: NDArray[np.int64]) -> Arrays:
         some, generator = images[rows], np.random.default_rng([7, int(rows[0])])
         labels = detector.logits(some).argmax(axis=1)
         beyond = attacks.nearest(detector, some, labels, norm=norm, steps=effort.steps // 2).images
@@ -76,17 +79,17 @@ def remainders(
         )
         return {"margin": margin, "slope": slope, "value": value, "shift": shift.astype(np.float16)}
 
-    found = pieces(cache.with_name(f"{cache.name}-screen"), np.arange(len(images)), screening)
+    found = pieces(cache.with_name(f"{cache.name}-screen"), guard, images, np.arange(len(images)), screening)
     radius = first_order_radius(found["margin"], found["slope"])
     plan = fitting.layout(radius, Effort(bin_images=len(images) // 4, bin_blocks=10))
     kept = fitting.survivors(plan, found["value"], effort)
 
-    def ascent(rows: NDArray[np.intp]) -> Arrays:
+    def ascent(rows: NDArray[np.int64]) -> Arrays:
         start = found["shift"][rows].astype(np.float32)
         return {"values": fitting.remainders(detector, images[rows], norm, effort, start, typical=typical)[0]}
 
     values = np.zeros((len(images), len(EPS)))
-    values[kept] = pieces(cache.with_name(f"{cache.name}-ascent"), kept, ascent)["values"]
+    values[kept] = pieces(cache.with_name(f"{cache.name}-ascent"), guard, images, kept, ascent)["values"]
     return found["margin"], found["slope"], values
 
 

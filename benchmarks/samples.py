@@ -45,9 +45,8 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     given = parser.parse_args()
-    bundle = bundles.load(given.bundle)
     guard = Guard.from_bundle(given.bundle, policy=Policy())
-    detector = guard.detector
+    bundle, detector = guard.bundle, guard.detector
     clean = [sample for sample in samples.load(bundle.path) if sample.kind == "clean"]
     names = bundle.manifest.class_names
     found: list[samples.Sample] = []
