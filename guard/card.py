@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from guard.bundle import Calibration, RadiusCalibration, Share
+from guard.data import FOLDS
 
 HEADING = "## Calibration"
 UNCALIBRATED = f"""\
@@ -42,7 +43,7 @@ def calibration_section(calibration: Calibration) -> str:
         HEADING,
         "",
         f"On {data['n']} images of `{data['name']}` (sha256 `{data['digest']}`), split into the folds "
-        + ", ".join(f"{name} ({size})" for name, size in calibration.folds.items())
+        + ", ".join(f"{name} ({calibration.folds[name]})" for name in FOLDS if name in calibration.folds)
         + f" with seed {calibration.seed}. Figures come from the report fold, to which nothing "
         "was fitted; they are too kind where settings were chosen after looking at them.",
         "",

@@ -1,0 +1,102 @@
+"""README's figures are those of the committed results and of the shipped calibration, digit by digit."""
+
+from pathlib import Path
+
+import pytest
+
+from guard.bundle import Share, load
+from guard.card import with_calibration
+from guard.evaluation.results import AttackResult, Results, Summary
+
+ROOT = Path(__file__).parent.parent
+EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
+BUDGETS = {
+    ("l2", 0.25): "l2 0.25",
+    ("l2", 0.5): "l2 0.5",
+    ("l2", 1.0): "l2 1",
+    ("linf", 2 / 255): "linf 2/255",
+    ("linf", 8 / 255): "linf 8/255",
+}
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    """README's words, each line break a space."""
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def evaluations() -> list[Results]:
+    """Of the shipped model and of its undefended twin."""
+    names = ("cifar10.json", "undefended.json")
+    return [Results.model_validate_json((EVALUATIONS / name).read_bytes()) for name in names]
+
+
+def share(found: Share) -> str:
+    return f"{100 * found.value:.1f}% ({100 * found.lower:.1f}-{100 * found.upper:.1f}%)"
+
+
+def median(found: Summary, digits: int) -> str:
+    ends = f"{found.median_lower:.{digits}f}-{found.median_upper:.{digits}f}"
+    return f"{found.median:.{digits}f} ({ends})"
+
+
+def attack(results: Results, name: str) -> AttackResult:
+    (found,) = [one for one in results.attacks if one.name == name and one.budget is None]
+    return found
+
+
+def row(label: str, cells: list[str]) -> str:
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def test_the_table_of_robust_accuracy(readme: str, evaluations: list[Results]) -> None:
+    assert row("clean accuracy", [share(one.accuracy) for one in evaluations]) in readme
+    clean = [share(one.standing[0].clean) for one in evaluations]
+    assert row("right and accepted without attack", clean) in readme
+    for (norm, budget), words in BUDGETS.items():
+        found = [
+            share(at.standing)
+            for one in evaluations
+            for at in one.standing
+            if at.score == one.served and at.norm == norm and at.budget == pytest.approx(budget)
+        ]
+        assert row(f"right and accepted under every attack, {words}", found) in readme
+
+
+def test_the_median_distances(readme: str, evaluations: list[Results]) -> None:
+    for name, label, digits in (
+        ("fmn-l2", "median distance of FMN, l2", 2),
+        ("fmn-linf", "the same, linf", 4),
+    ):
+        distances = [attack(one, name).distance for one in evaluations]
+        assert all(distances)
+        cells = [median(one, digits) for one in distances if one]
+        n = " and ".join(str(one.n) for one in distances if one)
+        assert row(f"{label} (n = {n})" if name == "fmn-l2" else label, cells) in readme
+
+
+def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None:
+    shipped = evaluations[0]
+    alone = {(at.norm, f"{at.budget:.4f}"): at.alone for at in shipped.standing}
+    near, flat = alone["l2", "0.2500"], alone["linf", f"{2 / 255:.4f}"]
+    assert near
+    assert flat
+    assert f"Without it {share(near)} would stand at l2 0.25 and {share(flat)} at linf 2/255" in readme
+
+
+def test_what_attacks_did_to_the_conformal_radii(readme: str) -> None:
+    calibration = load(ROOT / "models" / "cifar10").calibration
+    assert calibration
+    rates = {
+        norm: " and ".join(f"{100 * one.violations.value:.1f}%" for one in radii.conformal if one.violations)
+        for norm, radii in (("l2", calibration.l2), ("linf", calibration.linf))
+    }
+    assert f"{rates['l2']} in l2, {rates['linf']} in linf" in readme
+
+
+def test_the_card_says_what_the_calibration_says() -> None:
+    bundle = load(ROOT / "models" / "cifar10")
+    assert bundle.calibration
+    card = (bundle.path / "card.md").read_text()
+    assert with_calibration(card, bundle.calibration) == card
