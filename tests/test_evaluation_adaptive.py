@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from guard.attacks import GRADIENT, Floats, Labels, Norm, length
 from guard.bundle import ScoreName
 from guard.decision import Guard
-from guard.evaluation import adaptive
-from guard.evaluation.adaptive import ATTACKS, JOINT, OVER_REJECTION, SCORES, Start
+from guard.evaluation import adaptive, ascent, denial, served, transfer
+from guard.evaluation.adaptive import ATTACKS, JOINT
+from guard.evaluation.ascent import Start
+from guard.evaluation.attack import SCORES
 from guard.evaluation.target import Target
 from guard.runtime import Measurement
 from guard.settings import Policy
@@ -98,10 +100,10 @@ def test_a_wrong_image_on_the_boundary_is_kept_before_a_right_one() -> None:
     images = np.zeros((2, *SHAPE), np.float32)
     images[1, 0, 0, 1] = 1.0
     labels = np.array([1, 1])
-    judged = adaptive.judge(target_of(guard), images, labels, "radius")
+    judged = served.judge(target_of(guard), images, labels, "radius")
     assert judged.wrong.tolist() == [True, False]
     assert np.isinf(judged.excess[0])
-    merit = adaptive._merit(judged, judged.verdict.measurement.logits, np.array([0, 0]))
+    merit = ascent.merit(judged, judged.verdict.measurement.logits, np.array([0, 0]))
     assert merit[0] > merit[1]
 
 
@@ -137,8 +139,8 @@ def test_denial_makes_clean_images_rejected_without_another_class(score: ScoreNa
     assert guard.classify(images)[0].accepted
     exact = (margin - depth) / np.linalg.norm(w, ord=DUAL[norm])
     options: dict[str, Any] = {"score": score, "norm": norm, "steps": 6}
-    assert not adaptive.deny(target_of(guard), images, labels, 0.97 * exact, **options).success.any()
-    found = adaptive.deny(target_of(guard), images, labels, 1.03 * exact, **options)
+    assert not denial.deny(target_of(guard), images, labels, 0.97 * exact, **options).success.any()
+    found = denial.deny(target_of(guard), images, labels, 1.03 * exact, **options)
     assert found.success.all()
     assert not any(decision.accepted for decision in guard.classify(found.images))
     assert [decision.label for decision in guard.classify(found.images)] == labels.tolist()
@@ -164,9 +166,9 @@ def test_the_longest_row_is_lowered_whichever_it_is() -> None:
     guard = guard_of(networks.linear(weight, bias, shape=SHAPE), "jacobian", 0.12 * size, row_bound=1e6)
     # p_2 (1 - p_2) ||w|| = 0.16 ||w||, where the first row is p_0 p_2 ||w|| = 0.1 ||w||
     image = np.zeros((1, *SHAPE), np.float32)
-    judged = adaptive.judge(target_of(guard), image, np.array([1]), "jacobian")
+    judged = served.judge(target_of(guard), image, np.array([1]), "jacobian")
     assert judged.excess == pytest.approx([np.log(0.16 / 0.12)], rel=1e-5)
-    down = adaptive.descent(guard.detector, image, judged, np.arange(1))
+    down = served.descent(guard.detector, image, judged, np.arange(1))
     # d log p_2 (1 - p_2) = (1 - 2 p_2) dz_2 along w
     assert down.reshape(-1) == pytest.approx(-0.6 * w, rel=0.01, abs=1e-3)
 
@@ -183,12 +185,12 @@ def test_descent_is_minus_the_gradient_of_what_is_exceeded(score: ScoreName) -> 
     images = images[(margin > 1) & (margin < 8)]
     labels = np.zeros(len(images), np.int64)
     assert len(images) > 4
-    down = adaptive.descent(
-        guard.detector, images, adaptive.judge(target, images, labels, score), np.arange(len(images))
+    down = served.descent(
+        guard.detector, images, served.judge(target, images, labels, score), np.arange(len(images))
     )
     along = np.asarray(np.random.default_rng(2).standard_normal(images.shape), np.float32)
     here, ahead, behind = (
-        adaptive.judge(target, images + np.float32(side * 2e-3) * along, labels, score).excess
+        served.judge(target, images + np.float32(side * 2e-3) * along, labels, score).excess
         for side in (0, 1, -1)
     )
     slope = -(down.astype(np.float64) * along).sum(axis=(1, 2, 3))
@@ -213,12 +215,12 @@ def test_a_least_radius_is_followed_with_the_slope_that_is_served(norm: Norm) ->
     images = networks.images(40, SHAPE)
     images = images[guard.measure(images).margin > 1][:8]
     labels = np.zeros(len(images), np.int64)
-    judged = adaptive.judge(target, images, labels, "jacobian")
+    judged = served.judge(target, images, labels, "jacobian")
     assert set(judged.worst) == {f"min-radius-{norm}"}
-    down = adaptive.descent(guard.detector, images, judged, np.arange(len(images)))
+    down = served.descent(guard.detector, images, judged, np.arange(len(images)))
     along = np.asarray(np.random.default_rng(2).standard_normal(images.shape), np.float32)
     ahead, behind = (
-        adaptive.judge(target, images + np.float32(side * 2e-3) * along, labels, "jacobian").excess
+        served.judge(target, images + np.float32(side * 2e-3) * along, labels, "jacobian").excess
         for side in (1, -1)
     )
     slope = -(down.astype(np.float64) * along).sum(axis=(1, 2, 3))
@@ -296,21 +298,21 @@ def test_transfer_from_a_twin() -> None:
     )
     for score, reach in ((None, margin / SIZE * 1.02), ("jacobian", far)):
         options: dict[str, Any] = {"norm": "l2", "score": score, "steps": 6}
-        same = adaptive.transfer(guard.detector, target_of(guard), images, labels, reach, **options)
+        same = transfer.transfer(guard.detector, target_of(guard), images, labels, reach, **options)
         assert same.success.all()
-        other = adaptive.transfer(opposite.detector, target_of(guard), images, labels, reach, **options)
+        other = transfer.transfer(opposite.detector, target_of(guard), images, labels, reach, **options)
         assert not other.success.any()
-    names = {attack.name for attack in adaptive.transfer_attacks(guard.detector, ["radius"])}
+    names = {attack.name for attack in transfer.attacks(guard.detector, ["radius"])}
     assert names == {f"transfer-{norm}" for norm in NORMS} | {
         f"transfer-accepted-radius-{norm}" for norm in NORMS
     }
 
 
 def test_every_score_and_norm_has_its_attacks() -> None:
-    names = [attack.name for attack in (*ATTACKS, *OVER_REJECTION)]
+    names = [attack.name for attack in (*ATTACKS, *denial.ATTACKS)]
     assert len(set(names)) == len(names)
     assert {"joint-pgd-l2", "joint-apgd-linf", "joint-pgd-radius-l2", "evasive-cw-l2"} <= set(names)
-    for attack in (*ATTACKS, *OVER_REJECTION):
+    for attack in (*ATTACKS, *denial.ATTACKS):
         assert attack.norm is not None
         assert attack.name.endswith(f"-{attack.norm}")
     for score in SCORES:
@@ -329,7 +331,7 @@ def test_what_attacks_cost_is_never_above_what_is_registered(
     measure = guard.measure
 
     def measured(some: Floats) -> Measurement:
-        counting.passes += adaptive.JUDGED * len(some)
+        counting.passes += served.JUDGED * len(some)
         return measure(some)
 
     monkeypatch.setattr(guard, "measure", measured)
@@ -347,20 +349,21 @@ def test_what_attacks_cost_is_never_above_what_is_registered(
 
 def test_starts_that_two_classes_cannot_tell_apart_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Start] = []
-    ascend = adaptive._ascend
+    ascend = ascent.ascend
 
     def noted(*arguments: Any, **options: Any) -> Any:
         made.append(arguments[4])
         return ascend(*arguments, **options)
 
-    monkeypatch.setattr(adaptive, "_ascend", noted)
+    for module in (adaptive, transfer):
+        monkeypatch.setattr(module, "ascend", noted)
     guard, w, _ = two_classes("radius")
     images, labels, _ = batch(w, 2)
     options: dict[str, Any] = {"score": "radius", "norm": "l2", "steps": 1}
     adaptive.joint(target_of(guard), images, labels, 0.01, deep_steps=1, **options)
     assert made == [JOINT[0], Start("margin"), JOINT[2], JOINT[4]]
     made.clear()
-    adaptive.transfer(guard.detector, target_of(guard), images, labels, 0.01, **options)
+    transfer.transfer(guard.detector, target_of(guard), images, labels, 0.01, **options)
     assert made == [Start("cross-entropy"), Start("margin"), Start("cross-entropy", random=True)]
 
 
@@ -380,7 +383,7 @@ def test_no_step_is_computed_that_is_not_judged(monkeypatch: pytest.MonkeyPatch)
     noting("_pull")
     guard, w, _ = two_classes("radius")
     images, labels, _ = batch(w, 2)
-    kept = adaptive.Kept(1 - images, np.ones(2, np.bool_), np.full(2, -9.0), np.zeros(2, np.int64))
+    kept = ascent.Kept(1 - images, np.ones(2, np.bool_), np.full(2, -9.0), np.zeros(2, np.int64))
     adaptive._shrink(target_of(guard), images, labels, kept, score="radius", norm="l2", steps=5)
     assert (calls.count("judge"), calls.count("_pull")) == (5, 4)
     calls.clear()
@@ -390,18 +393,18 @@ def test_no_step_is_computed_that_is_not_judged(monkeypatch: pytest.MonkeyPatch)
     assert not found.success.any()
     assert calls.count("judge") == 5
     assert found.passes is not None
-    assert (found.passes <= 5 * adaptive.JUDGED + 4 * adaptive.PULLED).all()
+    assert (found.passes <= 5 * served.JUDGED + 4 * adaptive.PULLED).all()
 
 
 def test_the_cost_is_counted_per_image_until_it_succeeds() -> None:
     guard, w, _ = two_classes("radius")
     images, labels, _ = batch(w, 2)
-    for attack in (*ATTACKS, *OVER_REJECTION):
+    for attack in (*ATTACKS, *denial.ATTACKS):
         if attack.aware == "radius" and attack.norm == "l2":
             budget = None if attack.budgets is None else 0.5
             found = attack.run(target_of(guard), images, labels, budget, 0)
             assert found.passes is not None
-            assert (found.passes >= adaptive.JUDGED).all()
+            assert (found.passes >= served.JUDGED).all()
             assert (found.passes < 0.5 * attack.passes).all(), attack.name
     near, far = 0.02, 0.5
     first = adaptive.joint(
@@ -409,9 +412,9 @@ def test_the_cost_is_counted_per_image_until_it_succeeds() -> None:
     )
     assert first.success.tolist() == [False, True]
     assert first.passes is not None
-    assert first.passes[1] == 6 * GRADIENT + adaptive.JUDGED
+    assert first.passes[1] == 6 * GRADIENT + served.JUDGED
     assert first.passes[0] > 10 * first.passes[1]
-    twin = adaptive.transfer(guard.detector, target_of(guard), images, labels, far, norm="l2", steps=6)
+    twin = transfer.transfer(guard.detector, target_of(guard), images, labels, far, norm="l2", steps=6)
     assert twin.passes is not None
     assert twin.passes.tolist() == [6 * GRADIENT] * 2
 
@@ -419,7 +422,7 @@ def test_the_cost_is_counted_per_image_until_it_succeeds() -> None:
 def test_attacks_run_in_their_one_shape() -> None:
     guard, w, _ = two_classes("radius")
     images, labels, _ = batch(w, 2)
-    for attack in (*ATTACKS, *OVER_REJECTION):
+    for attack in (*ATTACKS, *denial.ATTACKS):
         if attack.aware == "radius" and attack.norm == "l2":
             budget = None if attack.budgets is None else 0.5
             found = attack.run(target_of(guard), images, labels, budget, 0)

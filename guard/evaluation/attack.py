@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, Protocol, get_args
 
 from guard.attacks import Floats, Found, Labels, Norm
 from guard.bundle import ScoreName
@@ -13,6 +13,9 @@ Knowledge = Literal["gradients", "scores", "decisions", "another network", "noth
 
 BLACK_BOX: tuple[Knowledge, ...] = ("scores", "decisions", "another network")
 """What attacks know that see no gradient of the model's."""
+
+SCORES: tuple[ScoreName, ...] = get_args(ScoreName)
+DEFAULT: ScoreName = "jacobian"
 
 BUDGETS: dict[Norm, tuple[float, ...]] = {"l2": (0.25, 0.5, 1.0), "linf": (2 / 255, 8 / 255)}
 """Those attacks are run at where nothing else is asked for."""
@@ -103,3 +106,48 @@ def bound(budget: float | None) -> float:
     if budget is None or not budget >= 0:
         raise ValueError(f"budget is {budget}; expected a number of at least 0")
     return budget
+
+
+class Budgeted(Protocol):
+    """An attack on the served decision within a budget, its score and norm bound later."""
+
+    def __call__(
+        self,
+        target: Target,
+        images: Floats,
+        labels: Labels,
+        eps: float,
+        /,
+        *,
+        score: ScoreName,
+        norm: Norm,
+        seed: int,
+    ) -> Found:
+        """As `guard.evaluation.adaptive.joint`."""
+        ...
+
+
+def named(method: str, score: ScoreName, norm: Norm) -> str:
+    """The attack's name on the command line: the default score goes without saying."""
+    return f"{method}-{norm}" if score == DEFAULT else f"{method}-{score}-{norm}"
+
+
+def knowing(
+    method: str, title: str, attack: Budgeted, score: ScoreName, norm: Norm, *, passes: int, source: str
+) -> Attack:
+    """The attack bound to the score that it knows, with the norm's budgets."""
+
+    def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
+        return attack(target, images, labels, bound(budget), score=score, norm=norm, seed=seed)
+
+    return Attack(
+        name=named(method, score, norm),
+        title=f"{title}, knowing {score}",
+        run=run,
+        norm=norm,
+        knowledge="gradients",
+        passes=passes,
+        source=source,
+        budgets=BUDGETS[norm],
+        aware=score,
+    )

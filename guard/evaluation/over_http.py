@@ -26,9 +26,9 @@ from guard.attacks import TINY, Floats, Found, Labels, Norm
 from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.errors import GuardError
-from guard.evaluation.adaptive import JUDGED, SCORES, judge, named
-from guard.evaluation.attack import BUDGETS, Attack, bound
+from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
 from guard.evaluation.results import ROUNDING
+from guard.evaluation.served import JUDGED, judge
 from guard.evaluation.target import Target
 
 if TYPE_CHECKING:

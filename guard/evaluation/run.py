@@ -6,15 +6,12 @@ cheap ones first, in pieces that outlive a crash (`guard.stages`); a finished at
 others can be added later.
 """
 
-import json
 import logging
 import os
 import platform
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,25 +19,23 @@ import numpy as np
 
 from guard import bundle as bundles
 from guard import data
-from guard.attacks import FORWARD, Floats, Found, Labels, Norm
+from guard.attacks import FORWARD, Found, Labels, Norm
 from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import rescored, rescoring_work
-from guard.certificate import OmegaTable
 from guard.data import Dataset
-from guard.decision import NORMS, Guard
+from guard.decision import Guard
 from guard.errors import BundleError, DataError, UsageError
-from guard.evaluation import audit, masking, standing
-from guard.evaluation.adaptive import JUDGED
+from guard.evaluation import standing
 from guard.evaluation.attack import BUDGETS, Attack, Task
+from guard.evaluation.closing import LAST, Closing
+from guard.evaluation.folder import Folder, keywords
 from guard.evaluation.judging import judged, measured_at, within_range
 from guard.evaluation.results import (
-    ARRAYS,
     ATTACKS_FOLDER,
     CLEAN,
     CLEAN_FILE,
     GALLERY,
     RESULTS,
-    SETTINGS,
     AttackResult,
     Check,
     Detection,
@@ -49,18 +44,19 @@ from guard.evaluation.results import (
     RadiusAudit,
     Results,
     detection,
-    load,
     load_arrays,
     share,
     summary,
 )
-from guard.evaluation.target import Flags, Target, Values
-from guard.files import atomic_open, locked, provenance, write_bytes, write_text
+from guard.evaluation.sample import Sample, calibrated_on
+from guard.evaluation.served import JUDGED
+from guard.evaluation.target import Flags, Target
+from guard.files import locked, provenance, write_bytes
 from guard.guarded import GRAPH_VERSION
 from guard.progress import Progress, duration
-from guard.runtime import Detector, Measurement
+from guard.runtime import Detector
 from guard.settings import Policy
-from guard.stages import PIECE, Arrays, Stages
+from guard.stages import PIECE, Arrays
 
 log = logging.getLogger(__name__)
 
@@ -73,19 +69,6 @@ DEAR = 5000
 
 PIECE_PASSES = 100_000
 """Passes in a piece, about: a crash loses no more."""
-
-RANDOM_OMEGA = 500
-"""Images of the radii fold that the ablation of omega by random perturbations is fitted to."""
-
-MASKING = "masking.npz"
-
-LAST = ("signs of masked gradients", "audit of the radii")
-"""What a run ends with, once all attacks have run."""
-
-PROBED, PROBED_QUICK = 100, 32
-"""Images that the masking checks' own attacks are run on."""
-
-_NEAREST, _INSIDE = 3 * 60, 3 * 3 * 2 * 21  # passes of the attacks aimed at radii: nearest, and from inside
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ def evaluate(
     raises, or the only attack.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, joined, command, arguments)
-    whole = run.out.resolve()
+    whole = Path(out).resolve()
     lock = whole.with_name(f".{whole.name}.lock")
     with locked(lock, f"--out {out}: another guard evaluate is writing there"):
         return run.evaluate(tasks, silent=silent)
@@ -165,14 +148,14 @@ class _Run:
     ) -> None:
         self.found = bundles.load(folder, graph_version=GRAPH_VERSION)
         self.calibration = self.found.calibrated()
-        self.dataset, self.out, self.settings = dataset, out, settings
-        self.provider, self.threads, self.twin, self.joined = provider, threads, twin, joined
+        self.settings, self.twin, self.joined = settings, twin, joined
+        self.provider, self.threads = provider, threads
         self.command, self.arguments = command, arguments or {}
         self.policy = Policy.from_environment()
         served = self.calibration.score
         self.scores: list[ScoreName] = list(dict.fromkeys((served, *settings.scores)))
-        _check(dataset, self.found)
-        self.same_data = self.calibration.data.get("digest") == dataset.digest
+        self.sample = Sample.draw(dataset, self.found, self.calibration, settings.images, settings.seed)
+        self.same_data = calibrated_on(self.calibration, dataset)
         if not self.same_data:
             if len(self.scores) > 1:
                 raise UsageError(
@@ -185,18 +168,9 @@ class _Run:
                 dataset.name,
                 self.found.path,
             )
-        self.index = _images(dataset, self.calibration, settings, same=self.same_data)
-        if len(self.index) < 2:
-            raise DataError(
-                f"{dataset.name}: {len(self.index)} of its images would be evaluated; expected at least 2. "
-                "Give more images, or --images a larger number."
-            )
-        self.labels: Labels = _labels(dataset)[self.index]
         self.model = Detector(self.found.model, score="jacobian", provider=provider, threads=threads)
+        self.folder = Folder(out, self._identity(), self.scores)
         self.clean: Arrays = {}
-        self.finished: list[Finished] = []
-        self.denied: list[Finished] = []
-        self.left_out: dict[str, str] = {}
         self.checks: list[Check] = []
         self.radii: list[RadiusAudit] = []
 
@@ -207,26 +181,36 @@ class _Run:
                     f"{task.attack.name} knows the score {task.attack.aware}, which is not judged: add it to "
                     f"the scores (now {', '.join(self.scores)})."
                 )
-        self._take_up()
+        self.folder.take_up(self.joined, self.twin)
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
-        self.finished = [
+        self.folder.finished = [
             replace(one, result=one.result.model_copy(update={"detection": self._detection(one.arrays)}))
-            for one in self.finished
+            for one in self.folder.finished
         ]
-        done = {(one.result.name, one.result.budget): one.result for one in (*self.finished, *self.denied)}
+        done = {(one.result.name, one.result.budget): one.result for one in self.folder.all}
         asked = {(task.attack.name, task.budget): task for task in tasks}
         for key in asked.keys() & done.keys():
-            self._compare(asked[key].attack, done[key])
+            self.folder.compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
         self.alone = len({task.attack.name for task in tasks}) == 1
         for attack in {task.attack.name: task.attack for task in left}.values():
-            self.left_out.pop(attack.name, None)
+            self.folder.left_out.pop(attack.name, None)
             if not attack.installed:
-                self._leave_out(attack, attack.wanting)
+                self.folder.leave_out(attack, attack.wanting)
         left = [task for task in left if task.attack.installed]
         total = sum(len(self._eligible(task)) * self._cost(task.attack) for task in left)
-        total += self._last_passes()
+        closing = Closing(
+            self.folder,
+            self.target,
+            self.found,
+            self.calibration,
+            self.sample,
+            self.clean["right"],
+            self.settings.budgets,
+            self.settings.quick,
+        )
+        total += closing.passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
             names = [task.attack.name for task in left]
@@ -235,11 +219,9 @@ class _Run:
                 self._attack(task, progress)
             if left:
                 self._write(LAST)
-            self._mask(progress)
-            self._audit(progress)
+            self.checks = closing.checks(progress)
+            self.radii = closing.radii(progress)
             return self._write()
-
-    # --- what was done before
 
     def _identity(self) -> dict[str, Any]:
         """What another run must share for its attacks to be kept."""
@@ -248,102 +230,15 @@ class _Run:
             "version": VERSION,
             "model": self.found.digest,
             "calibration": self.found.manifest.files[bundles.CALIBRATION],
-            "data": self.dataset.digest,
+            "data": self.sample.dataset.digest,
             "provider": self.model.provider,
             "scores": sorted(self.scores),
-            "images": len(self.index),
+            "images": len(self.sample),
             "dear images": settings.dear_images,
             "query images": settings.query_images,
             "seed": settings.seed,
             "policy": asdict(self.policy),
         }
-
-    def _take_up(self) -> None:
-        """Takes finished attacks from the results folder and the joined ones; raises where they are of
-        something else.
-        """
-        path = self.out / SETTINGS
-        begun = path.is_file()
-        if not begun and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UsageError(f"--out {self.out}: holds files but no evaluation. Choose a new folder.")
-        folders = [(f"--out {self.out}", self.out)] * begun
-        folders += [(f"--join {folder}", folder) for folder in self.joined]
-        for where, folder in folders:
-            self._check_settings(where, folder)
-        twin, copied = self.twin, []
-        for where, folder in folders:
-            for one in self._take(folder):
-                made_on = one.result.settings.get("twin")
-                twin = twin or made_on
-                if made_on not in (None, twin):
-                    raise UsageError(
-                        f"{where}: holds attacks made on another twin: {_short(made_on)}, now "
-                        f"{_short(twin)}. Choose another folder."
-                    )
-                copied += [one] * (folder is not self.out)
-        if not begun:
-            write_text(path, json.dumps(self._identity(), indent=1) + "\n")
-        for one in copied:
-            _save(self.out / one.result.file, one.arrays)
-        if self.finished or self.denied:
-            log.info("%s: goes on after %d finished attacks", self.out, len(self.finished) + len(self.denied))
-
-    def _check_settings(self, where: str, folder: Path) -> None:
-        """Raises where a results folder's settings are others, or cannot be read."""
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise UsageError(f"{where}: holds no evaluation. Give the --out of another guard evaluate.")
-        try:
-            before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{path}: holds no settings that can be read ({error}). Evaluate again into a new folder."
-            ) from error
-        for name, value in self._identity().items():
-            if before.get(name) != value:
-                raise UsageError(
-                    f"{where}: holds an evaluation with other {name}: {_short(before.get(name))}, "
-                    f"now {_short(value)}. Choose another folder, or give the same settings."
-                )
-
-    def _take(self, folder: Path) -> list[Finished]:
-        """Takes what is finished in a folder and not yet taken from another."""
-        if not (folder / RESULTS).is_file():
-            return []
-        results = load(folder)
-        needed = (*ARRAYS, *(f"accepted_{score}" for score in self.scores))
-        taken = []
-        for some, into in ((results.attacks, self.finished), (results.over_rejection, self.denied)):
-            done = {(one.result.name, one.result.budget) for one in into}
-            for one in some:
-                if (one.name, one.budget) in done:
-                    continue
-                try:
-                    finished = Finished(one, load_arrays(folder / one.file, needed))
-                except DataError as error:
-                    log.warning(
-                        "%s counts no longer, and is run again where it is asked for: %s", one.name, error
-                    )
-                    continue
-                into.append(finished)
-                taken.append(finished)
-        names = {one.result.name for one in (*self.finished, *self.denied)}
-        left_out = {one.name: one.reason for one in results.left_out} | self.left_out
-        self.left_out = {name: reason for name, reason in left_out.items() if name not in names}
-        return taken
-
-    def _compare(self, attack: Attack, before: AttackResult) -> None:
-        """Raises where a finished attack of this name has other settings."""
-        for name, value in _keywords(attack.run).items():
-            if before.settings.get(name) != value:
-                raise UsageError(
-                    f"--out {self.out}: holds {attack.name} with other {name}: "
-                    f"{_short(before.settings.get(name))}, now {_short(value)}. Choose another folder."
-                )
-
-    def _stages(self, name: str, progress: Progress, **more: object) -> Stages:
-        key = {"graph": GRAPH_VERSION, "name": name, **self._identity(), **more}
-        return Stages(self.out, key, progress, doing="evaluating")
 
     # --- the target and its clean images
 
@@ -362,24 +257,24 @@ class _Run:
 
     def _calibration(self, score: ScoreName, *, silent: bool) -> Calibration:
         """The calibration of a score that is not served, kept in the results folder."""
-        path = self.out / "scores" / f"{score}.json"
+        path = self.folder.path / "scores" / f"{score}.json"
         if path.is_file():
             kept = Calibration.model_validate_json(path.read_bytes())
             if kept.model_sha256 == self.calibration.model_sha256:
                 return kept
-        work = rescoring_work(data.folds(len(self.dataset), self.calibration.seed))
+        work = rescoring_work(data.folds(len(self.sample.dataset), self.calibration.seed))
         with (
             Progress(work, f"calibrate {score}", silent=silent) as progress,
-            self._stages(f"calibrate {score}", progress) as stages,
+            self.folder.stages(f"calibrate {score}", progress) as stages,
         ):
             found = rescored(
-                self.found, self.dataset, score, stages, provider=self.provider, threads=self.threads
+                self.found, self.sample.dataset, score, stages, provider=self.provider, threads=self.threads
             )
             write_bytes(path, bundles.dump(found))
         return found
 
     def _clean(self, *, silent: bool) -> Arrays:
-        path = self.out / CLEAN_FILE
+        path = self.folder.path / CLEAN_FILE
         names = [f"{what}_{score}" for score in self.scores for what in ("accepted", "ratio")]
         if path.is_file():
             arrays = load_arrays(path, (*CLEAN, *names))
@@ -388,22 +283,22 @@ class _Run:
             def piece(rows: Labels) -> Arrays:
                 return self._clean_piece(rows)
 
-            rows = np.arange(len(self.index))
+            rows = np.arange(len(self.sample))
             with (
                 Progress(len(rows), "clean images", silent=silent) as progress,
-                self._stages("clean", progress) as stages,
+                self.folder.stages("clean", progress) as stages,
             ):
                 arrays = {
-                    "index": self.index,
-                    "label": self.labels,
-                    "image": self._pixels(rows[:GALLERY]),
+                    "index": self.sample.index,
+                    "label": self.sample.labels,
+                    "image": self.sample.pixels(rows[:GALLERY]),
                     **stages.run("clean", rows, piece),
                 }
-                _save(path, arrays)
-        return arrays | {"right": arrays["logits"].argmax(axis=1) == self.labels}
+                self.folder.save(CLEAN_FILE, arrays)
+        return arrays | {"right": arrays["logits"].argmax(axis=1) == self.sample.labels}
 
     def _clean_piece(self, rows: Labels) -> Arrays:
-        images = self._pixels(rows)
+        images = self.sample.pixels(rows)
         arrays: Arrays = {}
         for score in self.scores:
             verdict = self.target.verdict(images, score)
@@ -414,9 +309,6 @@ class _Run:
                 radii = np.array([(one.measured.l2, one.measured.linf) for one in decisions], np.float64)
                 arrays |= {"radius_l2": radii[:, 0], "radius_linf": radii[:, 1]}
         return arrays
-
-    def _pixels(self, rows: Labels) -> Floats:
-        return data.to_floats(self.dataset.images[self.index[rows]])
 
     # --- attacks
 
@@ -434,7 +326,7 @@ class _Run:
         if not task.skips or attack.norm is None or budget is None:
             return rows
         broken = [np.zeros(0, np.int64)]
-        for one in self.finished:
+        for one in self.folder.finished:
             fell = one.within(attack.norm, budget) & one.arrays[f"accepted_{attack.aware}"]
             broken.append(one.arrays["row"][fell])
         return np.setdiff1d(rows, np.concatenate(broken))
@@ -443,14 +335,10 @@ class _Run:
         """Passes per image at most, with those that judging it takes."""
         return attack.passes + FORWARD + JUDGED * (len(self.scores) + 1)
 
-    def _seed(self, name: str, part: Labels) -> int:
-        """Of a piece of an attack's images: attacks that shared one would start at the same points."""
-        return zlib.crc32(f"{self.settings.seed} {name} {part[0]}".encode())
-
     def _attack(self, task: Task, progress: Progress) -> None:
         attack = task.attack
         eligible = self._eligible(task)
-        if attack.name in self.left_out:
+        if attack.name in self.folder.left_out:
             progress.advance(len(eligible) * self._cost(attack), attack.name)
             return
         rows = self._open(task, eligible)
@@ -460,9 +348,9 @@ class _Run:
             return
 
         def piece(part: Labels) -> Arrays:
-            images, labels = self._pixels(part), self.labels[part]
+            images, labels = self.sample.pixels(part), self.sample.labels[part]
             started = time.perf_counter()
-            seed = self._seed(task.name, part)
+            seed = self.sample.piece_seed(task.name, part)
             found = attack.run(self.target, images, labels, task.budget, seed)
             shown = part < GALLERY
             attacked = within_range(found.images[shown], images[shown])
@@ -471,8 +359,10 @@ class _Run:
             return arrays | {"seconds": np.array([time.perf_counter() - started])}
 
         twin = {"twin": self.twin} if attack.knowledge == "another network" else {}
-        keywords = _keywords(attack.run)
-        with self._stages(task.name, progress, passes=attack.passes, keywords=keywords, **twin) as stages:
+        bound_to = keywords(attack.run)
+        with self.folder.stages(
+            task.name, progress, passes=attack.passes, keywords=bound_to, **twin
+        ) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             try:
                 arrays = stages.run(attack.name, rows, piece, cost=self._cost(attack), size=size)
@@ -480,7 +370,7 @@ class _Run:
             except (UsageError, DataError) as error:  # it cannot take this model, or these images
                 if self.alone:
                     raise
-                self._leave_out(attack, str(error))
+                self.folder.leave_out(attack, str(error))
                 progress.advance(len(rows) * self._cost(attack), attack.name)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
@@ -491,20 +381,16 @@ class _Run:
                 "unconfirmed": unconfirmed,
                 "command": self.command,
                 **twin,
-                **keywords,
+                **bound_to,
             }
             result = self._result(task, arrays, lost, seconds, details)
-            _save(self.out / result.file, arrays)
-            (self.denied if task.denial else self.finished).append(Finished(result, arrays))
-
-    def _leave_out(self, attack: Attack, reason: str) -> None:
-        log.warning("%s is left out: %s", attack.name, reason)
-        self.left_out[attack.name] = reason
+            self.folder.save(result.file, arrays)
+            (self.folder.denied if task.denial else self.folder.finished).append(Finished(result, arrays))
 
     def _spared(self, task: Task) -> Arrays:
         """The arrays of an attack that no image is left to."""
         none = np.zeros(0, np.int64)
-        images = self._pixels(none)
+        images = self.sample.pixels(none)
         found = Found(images, np.zeros(0, np.bool_), np.zeros(0))
         arrays: Arrays = {"row": none, "image": images, "seconds": np.zeros(0)}
         return arrays | judged(self.target, task, images, none, found)
@@ -552,153 +438,20 @@ class _Run:
             if success.any()
         }
 
-    # --- what is looked at once all attacks have run
-
-    def _last_passes(self) -> int:
-        """Passes of what the run ends with, less what is on the disk."""
-        passes = 0 if self._kept_probes() else len(self._probe_key()["row"]) * masking.PASSES
-        for norm in NORMS:
-            if not self._kept_distance(norm):
-                passes += self._radii_passes() * len(self.index)
-            if self._ablates and not self._kept_remainders(norm):
-                passes += audit.RANDOM_PASSES * len(self._random_fold())
-        return passes
-
-    def _radii_passes(self) -> int:
-        return _NEAREST if self.settings.quick else _NEAREST + _INSIDE
-
-    def _probe_budgets(self) -> dict[Norm, float]:
-        return {norm: min(self.settings.budgets.get(norm) or BUDGETS[norm]) for norm in NORMS}
-
-    def _probe_key(self) -> Arrays:
-        """What the masking checks' own attacks hang on: the budget by norm, and the rows they are run on."""
-        count = PROBED_QUICK if self.settings.quick else PROBED
-        budgets = {f"budget-{norm}": np.array([value]) for norm, value in self._probe_budgets().items()}
-        return budgets | {"row": np.flatnonzero(self.clean["right"])[:count]}
-
-    def _kept_probes(self) -> Arrays:
-        kept, key = self._kept(MASKING), self._probe_key()
-        same = all(name in kept and np.array_equal(kept[name], value) for name, value in key.items())
-        return kept if same else {}
-
-    def _kept(self, name: str, *needed: str) -> Arrays:
-        """The arrays of a file of the results folder; none where it is not there."""
-        path = self.out / name
-        return load_arrays(path, needed) if path.is_file() else {}
-
-    def _mask(self, progress: Progress) -> None:
-        key, budgets, probed = self._probe_key(), self._probe_budgets(), self._kept_probes()
-        rows = key["row"]
-        if not len(rows):
-            return
-
-        def piece(part: Labels) -> Arrays:
-            return masking.probe(
-                self.target.model, self._pixels(part), self.labels[part], budgets, seed=self.settings.seed
-            )
-
-        if not probed:
-            with self._stages("masking", progress, budgets=sorted(budgets.items())) as stages:
-                probed = stages.run("masking checks", rows, piece, cost=masking.PASSES) | key
-                _save(self.out / MASKING, probed)
-        self.checks = masking.checks(self.finished, probed, budgets)
-
-    def _audit(self, progress: Progress) -> None:
-        """Radii against every attack of the run, and against attacks started inside them."""
-        guard = self.target.guards[self.calibration.score]
-        rows = np.arange(len(self.index))
-        nearest = {norm: self._nearest(norm) for norm in NORMS}
-        random: dict[Norm, OmegaTable] = {}
-        for norm in NORMS:
-            nearest[norm] = np.minimum(nearest[norm], self._aimed(norm, progress))
-            if self._ablates:
-                random[norm] = self._random_omega(norm, progress)
-        parts = [guard.measure(self._pixels(part)) for part in _split(rows)]
-        measured = Measurement.concatenate(parts)
-        self.radii = audit.radii(self.target, self.found, measured, nearest, random=random or None)
-
-    def _nearest(self, norm: Norm) -> Values:
-        """Smallest distance (N,) at which any attack made an image wrong; inf: none."""
-        nearest = np.full(len(self.index), np.inf)
-        for one in (*self.finished, *self.denied):
-            reach = np.where(one.arrays["wrong"], one.arrays[norm], np.inf)
-            np.minimum.at(nearest, one.arrays["row"], reach)
-        return nearest
-
-    def _aimed(self, norm: Norm, progress: Progress) -> Values:
-        """Nearest of the attacks aimed at radii."""
-        restarts = self._restarts
-        guard = self.target.guards[self.calibration.score]
-
-        def piece(part: Labels) -> Arrays:
-            images = self._pixels(part)
-            measured = guard.measure(images)
-            seed = self._seed(f"radii {norm}", part)
-            distance = audit.attacks_inside(
-                self.target, self.found, images, measured, norm, restarts=restarts, seed=seed
-            )
-            return {"distance": distance}
-
-        kept = self._kept_distance(norm)
-        if not kept:
-            with self._stages(f"radii {norm}", progress, restarts=restarts) as stages:
-                rows, cost = np.arange(len(self.index)), self._radii_passes()
-                kept = stages.run(f"radii {norm}", rows, piece, cost=cost)
-                kept |= {"restarts": np.array(restarts)}
-                _save(self.out / f"radii-{norm}.npz", kept)
-        return np.asarray(kept["distance"], np.float64)
-
-    def _kept_distance(self, norm: Norm) -> Arrays:
-        kept = self._kept(f"radii-{norm}.npz", "distance", "restarts")
-        return kept if kept and kept["restarts"] == self._restarts else {}
-
-    @property
-    def _restarts(self) -> int:
-        """Of the attacks that start inside radii; with `quick` there are none."""
-        return 0 if self.settings.quick else 2
-
-    @property
-    def _ablates(self) -> bool:
-        """Whether omega is fitted to random perturbations too."""
-        return self.same_data and not self.settings.quick
-
-    def _random_fold(self) -> Labels:
-        """Indices of the images that the ablation of omega is fitted to."""
-        fold = data.folds(len(self.dataset), self.calibration.seed)["radii"]
-        return np.random.default_rng([self.settings.seed, 3]).permutation(fold)[:RANDOM_OMEGA]
-
-    def _kept_remainders(self, norm: Norm) -> Arrays:
-        return self._kept(f"omega-random-{norm}.npz", "radius", "remainder")
-
-    def _random_omega(self, norm: Norm, progress: Progress) -> OmegaTable:
-        name = f"random omega {norm}"
-
-        def piece(part: Labels) -> Arrays:
-            images = data.to_floats(self.dataset.images[part])
-            seed = self._seed(name, part)
-            return audit.random_remainders(self.target.model, images, norm, seed=seed)
-
-        kept = self._kept_remainders(norm)
-        if not kept:
-            with self._stages(name, progress) as stages:
-                kept = stages.run(name, self._random_fold(), piece, cost=audit.RANDOM_PASSES)
-                _save(self.out / f"omega-random-{norm}.npz", kept)
-        return audit.random_omega(kept)
-
     # --- the record
 
     def _write(self, outstanding: Sequence[str] = ()) -> Results:
         results = self._results(outstanding)
-        write_bytes(self.out / RESULTS, bundles.dump(results))
+        write_bytes(self.folder.path / RESULTS, bundles.dump(results))
         return results
 
     def _results(self, outstanding: Sequence[str]) -> Results:
-        settings, clean, found = self.settings, self.clean, self.found
+        settings, clean, found, dataset = self.settings, self.clean, self.found, self.sample.dataset
         jacobian = summary(clean["jacobian"])
         if jacobian is None:
-            raise BundleError(f"{found.path}: its Jacobian norms are not finite on {self.dataset.name}.")
-        budgets = standing.headline_budgets(self.finished, settings.budgets)
-        seconds = sum(one.result.seconds for one in (*self.finished, *self.denied))
+            raise BundleError(f"{found.path}: its Jacobian norms are not finite on {dataset.name}.")
+        budgets = standing.headline_budgets(self.folder.finished, settings.budgets)
+        seconds = sum(one.result.seconds for one in self.folder.all)
         return Results(
             command=self.command,
             hardware=hardware(self.target.model, self.threads),
@@ -714,9 +467,9 @@ class _Run:
                 },
             },
             data={
-                "name": self.dataset.name,
-                "digest": self.dataset.digest,
-                "n": len(self.dataset),
+                "name": dataset.name,
+                "digest": dataset.digest,
+                "n": len(dataset),
                 "fold": "report" if self.same_data else "all",
             },
             settings={
@@ -728,17 +481,17 @@ class _Run:
                 "dear_images": settings.dear_images,
                 "query_images": settings.query_images,
             },
-            images=len(self.index),
+            images=len(self.sample),
             accuracy=share(clean["right"]),
             scores=self.scores,
             served=self.calibration.score,
             rejected={score: share(~clean[f"accepted_{score}"]) for score in self.scores},
             jacobian=jacobian,
-            attacks=[one.result for one in self.finished],
-            standing=standing.standings((*self.finished, *self.denied), clean, self.scores, budgets),
-            over_rejection=[one.result for one in self.denied],
+            attacks=[one.result for one in self.folder.finished],
+            standing=standing.standings(self.folder.all, clean, self.scores, budgets),
+            over_rejection=[one.result for one in self.folder.denied],
             outstanding=list(dict.fromkeys(outstanding)),
-            left_out=[LeftOut(name=name, reason=reason) for name, reason in self.left_out.items()],
+            left_out=[LeftOut(name=name, reason=reason) for name, reason in self.folder.left_out.items()],
             checks=self.checks,
             radii=self.radii,
             provenance=provenance(self.arguments, seed=settings.seed),
@@ -747,9 +500,9 @@ class _Run:
     def _announce(self, left: Sequence[Task], total: int) -> None:
         """Says what the run costs before it starts, from the speed of a few forward passes here."""
         if not total:
-            log.info("%s: nothing is left to run", self.out)
+            log.info("%s: nothing is left to run", self.folder.path)
             return
-        images = self._pixels(np.arange(min(64, len(self.index))))
+        images = self.sample.pixels(np.arange(min(64, len(self.sample))))
         seconds = []
         for _ in range(4):
             started = time.perf_counter()
@@ -763,58 +516,6 @@ class _Run:
             total,
             duration(each * total),
         )
-
-
-def _check(dataset: Dataset, found: Bundle) -> None:
-    shape = found.manifest.input
-    data.check_shape(dataset, (shape.channels, shape.height, shape.width))
-    training = found.manifest.provenance.get("training") or {}
-    trained_on = (training.get("data") or {}).get("digest") if isinstance(training, dict) else None
-    if trained_on == dataset.digest:
-        raise DataError(
-            f"{dataset.name}: these are the images that {found.path} was trained on, on which every figure "
-            "flatters. Give held-out images."
-        )
-
-
-def _labels(dataset: Dataset) -> Labels:
-    if dataset.labels is None:
-        raise DataError(
-            f"{dataset.name}: has no labels; attacks lead away from the true classes. Give a folder with one "
-            "sub-folder per class, or an .npz file with y_test."
-        )
-    return dataset.labels
-
-
-def _images(dataset: Dataset, calibration: Calibration, settings: Settings, *, same: bool) -> Labels:
-    """Indices of the images to evaluate, in the order they are attacked."""
-    fold = np.arange(len(dataset))
-    if same:
-        fold = data.folds(len(dataset), calibration.seed)["report"]
-    return np.random.default_rng([settings.seed, 2]).permutation(fold)[: settings.images]
-
-
-def _split(rows: Labels) -> list[Labels]:
-    return [rows[at : at + PIECE] for at in range(0, len(rows), PIECE)]
-
-
-def _keywords(run: object) -> dict[str, Any]:
-    """The plain settings that an attack's function is bound to."""
-    if not isinstance(run, partial):
-        return {}
-    return {
-        name: value for name, value in run.keywords.items() if isinstance(value, bool | int | float | str)
-    }
-
-
-def _save(path: Path, arrays: Arrays) -> None:
-    with atomic_open(path) as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 30 else text[:27] + "..."
 
 
 def hardware(model: object, threads: int) -> str:

@@ -8,7 +8,17 @@ from typing import Literal
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.errors import UsageError
-from guard.evaluation import adaptive, controls, gradient, libraries, over_http, top_five, unseen
+from guard.evaluation import (
+    adaptive,
+    controls,
+    denial,
+    gradient,
+    libraries,
+    over_http,
+    top_five,
+    transfer,
+    unseen,
+)
 from guard.evaluation.attack import Attack
 from guard.evaluation.target import Classifier
 
@@ -65,13 +75,13 @@ def known(twin: Classifier | None = None) -> tuple[Attack, ...]:
     """Every attack on accuracy, cheap ones first; those of transfer only with a `twin` to make them on."""
     found = [attack for module in MODULES for attack in module.ATTACKS]
     if twin is not None:
-        found += adaptive.transfer_attacks(twin)
+        found += transfer.attacks(twin)
     return tuple(sorted(found, key=lambda attack: attack.passes))
 
 
 def over_rejection() -> tuple[Attack, ...]:
     """The attacks that make clean images rejected: success is a rejection."""
-    return adaptive.OVER_REJECTION
+    return denial.ATTACKS
 
 
 def belongs(attack: Attack, group: Group) -> bool:

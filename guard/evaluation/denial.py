@@ -1,0 +1,77 @@
+"""The attack that turns the detector round: clean images made such that it rejects them."""
+
+from typing import get_args
+
+import numpy as np
+
+from guard.attacks import Floats, Found, Labels, Norm, falling, length, minimum_norm, project
+from guard.bundle import ScoreName
+from guard.evaluation.ascent import Kept, moved, nearest_passes
+from guard.evaluation.attack import SCORES, Attack, knowing
+from guard.evaluation.served import DESCENT, JUDGED, descent, judge
+from guard.evaluation.target import Target, Values
+
+
+def deny(
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    eps: Values | float,
+    *,
+    score: ScoreName,
+    norm: Norm,
+    steps: int = 20,
+    seed: int = 0,
+) -> Found:
+    """An image that the detector rejects within eps, whatever its class: success means rejected.
+
+    First up the logarithm of the test nearest to failing, from the image; then again from the image nearest
+    to the boundary with another class, where gradients are long. Steps fall linearly from eps / 2.
+    """
+    del seed  # nothing here is drawn
+    budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
+    kept = Kept.of(images)
+    for boundary in (False, True):
+        rows = np.flatnonzero(~kept.success)
+        if not len(rows):
+            break
+        points = images[rows]
+        if boundary:
+            near = minimum_norm(
+                target.model, points, labels[rows], norm=norm, clip=True, steps=steps, bisections=15
+            )
+            kept.charge(rows, nearest_passes(steps, 15))
+            points = np.clip(points + project(near.images - points, budget[rows], norm), 0.0, 1.0)
+        for step in range(steps + 1):
+            judged = judge(target, points, labels[rows], score)
+            kept.charge(rows, JUDGED)
+            kept.offer(rows, points, ~judged.verdict.accepted, judged.excess)
+            on = ~kept.success[rows]
+            if step == steps or not on.any():
+                break
+            pull = -descent(target.model, points, judged, np.flatnonzero(on))
+            rows, points = rows[on], points[on]
+            kept.charge(rows, DESCENT)
+            rate = falling(budget[rows] / 2, step, steps)
+            points = moved(images[rows], points, pull, rate, budget[rows], norm)
+    rows = np.flatnonzero(kept.success)
+    if len(rows):
+        kept.success[rows] = ~target.verdict(kept.images[rows], score).accepted
+    distance = np.where(kept.success, length(kept.images - images, norm), np.inf)
+    return Found(kept.images, kept.success, distance, kept.passes)
+
+
+ATTACKS: tuple[Attack, ...] = tuple(
+    knowing(
+        "denial",
+        "Denial",
+        deny,
+        score,
+        norm,
+        passes=2 * (21 * JUDGED + 20 * DESCENT) + nearest_passes(20, 15) + JUDGED,
+        source="PGD on the served score",
+    )
+    for score in SCORES
+    for norm in get_args(Norm)
+)
+"""Their success is an image that is not accepted, of any class."""
