@@ -10,7 +10,7 @@ from guard.bundle import MANIFEST, Share
 from guard.cli import main
 from guard.cli.evaluate import summary
 from guard.evaluation import suite
-from guard.evaluation.results import Check, Detection, RadiusAudit, Results, Standing, load
+from guard.evaluation.results import Check, Detection, RadiusAudit, Results, Standing, Subset, load
 from guard.evaluation.suite import common_name
 from tests.serving import write_bundle
 from tests.test_evaluation_run import colours
@@ -75,7 +75,7 @@ def test_quick(folder: Path, capsys: Captured) -> None:
     names = {one.name for one in results.attacks}
     assert {"pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2"} <= names
     assert {one.norm for one in results.standing} == {"l2", "linf"}
-    assert len(results.checks) == 9
+    assert len(results.checks) == 11
     out = capsys.readouterr().out
     assert "signs of masked gradients: 0 found" in out
     assert "No attack of the run knows jacobian at linf 2/255: an attacker who does will" in out
@@ -182,7 +182,17 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
         clean=share(870, 1000),
         worst="nearest-accepted-margin-gradient-linf",
         fallen={"nearest-accepted-margin-gradient-linf": 700},
-        complete=share(20, 200),
+        tried={"nearest-accepted-margin-gradient-linf": 870},
+        subsets=[
+            Subset(
+                images=200,
+                attacks=["boundary-linf", "hopskipjump-linf", "square-linf"],
+                standing=share(20, 200),
+                clean=share(170, 200),
+                alone=share(10, 200),
+                added=share(3, 23),
+            )
+        ],
     )
     failed = Check(
         name="random search finds nothing that PGD does not, linf",
@@ -224,7 +234,8 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
     assert max(len(line) for line in lines if "wrote" not in line) <= 80
     assert "  margin-gradient linf 8/255   12.3% [0.1%, 99.9%], clean 87.0%" in lines
     assert "    most fall to nearest-accepted-margin-gradient-linf: 700 of 870" in lines
-    assert "    first 200, on which all ran: 10.0% [0.1%, 99.9%]" in lines
+    (first,) = (line for line in lines if line.startswith("    first 200: "))
+    assert first.startswith("    first 200: 10.0% [0.1%, 99.9%]; 3 of 23 more fall to boundary-linf, ")
     assert "signs of masked gradients: 1 found, 0 absent, 0 not looked for" in lines
     assert any("conformal" in line and "1.2% of 1000 (<= 99.9%), 0.50" in line for line in lines)
     assert "  right without attack:" in lines[1]

@@ -34,6 +34,7 @@ from guard.evaluation.results import (
     RadiusAudit,
     Results,
     Standing,
+    Subset,
     Summary,
     same,
     share_of,
@@ -576,12 +577,27 @@ class TestFindings:
         assert not any("not finished" in sentence for sentence in findings.headline(bare))
 
     def test_images_on_which_all_attacks_ran_stand_beside_the_headline(self, evaluation: Evaluation) -> None:
-        first = evaluation.results.standing[0].model_copy(update={"complete": share_of(3, 20)})
+        some = Subset(
+            images=20,
+            attacks=["autoattack-l2", "cw-restarts-l2"],
+            standing=share_of(3, 20),
+            clean=share_of(17, 20),
+            alone=share_of(2, 20),
+            added=share_of(1, 4),
+        )
+        first = evaluation.results.standing[0].model_copy(update={"subsets": [some]})
         dear = changed(evaluation, standing=[first])
-        said = f"{words.share(first.standing)}; where all attacks ran: 15.0% [3.2, 37.9] (n = 20)"
-        assert findings.headline(dear)[0] == f"Robust accuracy with rejection in l2. At 0.25: {said}."
-        assert text_of(page(dear)).count(said) == 2
-        assert f"| jacobian, l2 0.25 | {said} |" in markdown.section(dear)
+        said = words.share(first.standing)
+        stands, added, *_ = findings.headline(dear)
+        assert stands == f"Robust accuracy with rejection in l2. At 0.25: {said}."
+        assert added == (
+            "On the first 20 images ran autoattack-l2, cw-restarts-l2 too, and brought down, of those that "
+            "other attacks left, at 0.25 1 of 4."
+        )
+        text, section = text_of(page(dear)), markdown.section(dear)
+        assert "first 20autoattack-l2, cw-restarts-l21 of 415.0% [3.2, 37.9] (n = 20)" in text
+        assert f"| jacobian, l2 0.25 | {said} |" in section
+        assert "| first 20 | autoattack-l2, cw-restarts-l2 | 1 of 4 | 15.0% [3.2, 37.9] (n = 20) |" in section
         figure = next(one for one in figures.figures(dear, None, {}) if one.title == "Robust accuracy in l2")
         assert "ran on the first images only" in figure.caption
 
@@ -646,7 +662,7 @@ class TestMarkdown:
         assert isinstance(first, Standing)
         assert (
             f"| jacobian, l2 0.25 | {words.share(first.standing)} | {words.share(first.clean)} "
-            f"| {first.worst} ({first.fallen[first.worst or '']}) |"
+            f"| {findings.worst(first)} |"
         ) in text
         assert (
             "| l2 omega-bound (estimate), served | 0.236 | 0.407 | 0.579 ± 0.020 "
@@ -687,8 +703,11 @@ class TestCommand:
         assert main(["report", str(path), "--markdown", str(card)]) == 1
         assert "is the card of the model sha256:" in capsys.readouterr().err
         assert not card.exists()
-        digest = bundles.load(bundle).digest
-        path = copied(folder, tmp_path / "s", bundle={"name": "colours", "digest": digest})
+        of = {"name": "colours", "digest": bundles.load(bundle).digest}
+        path = copied(folder, tmp_path / "c", bundle=of, settings={"identity": {"calibration": "other"}})
+        assert main(["report", str(path), "--markdown", str(card)]) == 1
+        assert "holds results of other. Give the card of the evaluated bundle" in capsys.readouterr().err
+        path = copied(folder, tmp_path / "s", bundle=of)
         assert main(["report", str(path), "--markdown", str(card)]) == 0
         assert card.read_text().startswith("## Attacks\n")
         assert bundles.load(bundle).manifest.files[bundles.CARD] == sha256(card)

@@ -136,7 +136,7 @@ def test_the_headline_is_what_the_closed_form_says(other_folder: Path, tmp_path:
     assert standing[3.0].fallen == {"straight-l2": 8}
     assert standing[3.0].worst == "straight-l2"
     assert standing[2.0].worst is None
-    assert standing[2.0].complete is None
+    assert standing[2.0].subsets == []
     # The detector sees what has just crossed the boundary, and nothing of what is deep.
     by_budget = {one.budget: one for one in results.attacks}
     assert [broken_by(by_budget[budget]) for budget in (2.0, 2.5, 3.0)] == [12, 16, 16]
@@ -344,8 +344,7 @@ def test_dear_attacks_and_queries_get_fewer_images(other_folder: Path, tmp_path:
     }
     for one in results.standing:
         assert one.standing.n == 18
-        assert (one.complete is None) == (one.budget < 3)
-        assert one.complete is None or one.complete.n == 5
+        assert [some.images for some in one.subsets] == ([] if one.budget < 3 else [10, 5])
 
 
 def test_the_report_fold_of_the_calibrations_data(folder: Path, other_folder: Path, tmp_path: Path) -> None:
@@ -522,6 +521,28 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     with pytest.raises(KeyboardInterrupt):
         evaluated(other_folder, out, later[1])
     assert load(out).outstanding[0] == "last-l2", "before it has finished anything"
+
+
+def test_an_attack_stopped_between_budgets_stays_outstanding(other_folder: Path, tmp_path: Path) -> None:
+    def interrupted(target: Target, images: Floats, labels: Any, budget: float | None, seed: int) -> Found:
+        if budget == 3.0:
+            raise KeyboardInterrupt
+        return straight(target, images, labels, budget, seed)
+
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(other_folder, half, attack(interrupted))
+    other = attack(name="other-l2", budgets=(3.0,))
+    assert evaluated(other_folder, half, other).outstanding == ["straight-l2"]
+    joined = evaluated(other_folder, tmp_path / "joined", other, joined=[half])
+    assert joined.outstanding == ["straight-l2"]
+    evaluated(other_folder, whole, attack())
+    for folders in ([half, whole], [whole, half]):
+        out = tmp_path / f"after {folders[0].name}"
+        both = evaluated(other_folder, out, other, joined=folders)
+        assert both.outstanding == []
+        assert {one.budget for one in both.attacks if one.name == "straight-l2"} == {2.0, 2.5, 3.0}
+    assert evaluated(other_folder, half, attack()).outstanding == []
 
 
 def refusing(target: Target, images: Floats, *_: Any) -> Found:

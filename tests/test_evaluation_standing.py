@@ -77,24 +77,40 @@ def test_whatever_any_attack_found_counts_within_the_budget() -> None:
         ("of-another-score", 1),
     ]
     assert found.worst == "far-l2"
-    # All were run on the first six: of these 0 and 2 stand.
-    assert found.complete is not None
-    assert (found.complete.count, found.complete.n) == (2, 6)
+    assert found.tried["near-l2"] == 7
+    assert found.tried["joint-l2"] == 6
+    # Of the first six the others left 0, 2 and 4, of which the joint one broke 4.
+    (first,) = found.subsets
+    assert (first.images, first.attacks) == (6, ["joint-l2"])
+    assert (first.standing.count, first.standing.n) == (2, 6)
+    assert (first.clean.count, first.clean.n) == (6, 6)
+    assert (first.alone.count, first.alone.n) == (1, 6)
+    assert first.added is not None
+    assert (first.added.count, first.added.n) == (1, 3)
     (wide,) = standings(attacks, clean(), ["jacobian"], {"linf": (0.06,)})
     assert wide.standing.count == 1
 
 
 def test_the_first_images_are_those_of_the_attacks_that_could_count() -> None:
     few = finished("few-l2", {}, budget=1.0, images=3)
-    for other, complete in (
-        (finished("few-linf", {}, norm="linf", images=2), None),
-        (finished("of-another-score", {}, aware="radius", images=2), None),
-        (finished("nearest-l2", {}, images=4), 4),
+    for other, images in (
+        (finished("few-linf", {}, norm="linf", images=2), []),
+        (finished("of-another-score", {}, aware="radius", images=2), []),
+        (finished("nearest-l2", {}, images=4), [4]),
     ):
         below, at = standings([few, other], clean(), ["jacobian"], {"l2": (0.5, 1.0)})
-        assert (below.complete.n if below.complete else None) == complete
-        assert at.complete is not None
-        assert at.complete.n == 3
+        assert [one.images for one in below.subsets] == images
+        assert [one.images for one in at.subsets] == [*images, 3]
+
+
+def test_an_attack_on_fewer_images_is_worst_by_its_share_of_them() -> None:
+    many = finished("many-l2", {0: 0.1, 1: 0.1, 2: 0.1})
+    few = finished("few-l2", {0: 0.1, 1: 0.1}, images=2)
+    (found,) = standings([many, few], clean(), ["jacobian"], {"l2": (0.5,)})
+    assert found.worst == "few-l2"
+    assert (found.fallen["few-l2"], found.tried["few-l2"]) == (2, 2)
+    (first,) = found.subsets
+    assert first.added is None, "the attack on all images had left none of these"
 
 
 @pytest.mark.parametrize(

@@ -383,9 +383,10 @@ def _standing_lines(standing: "Standing") -> list[str]:
     lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}{alone}"]
     if standing.worst is not None:
         fallen = standing.fallen[standing.worst]
-        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.clean.count}"))
-    if standing.complete is not None:
-        lines.append(f"    first {standing.complete.n}, on which all ran: {_share(standing.complete)}")
+        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.tried[standing.worst]}"))
+    for some in standing.subsets:
+        added = f"{words.count(some.added)} more fall to {', '.join(some.attacks)}"
+        lines.append(_cut(f"    first {some.images}: {_share(some.standing)}; {added}"))
     return lines
 
 

@@ -118,12 +118,17 @@ def _write_section(path: Path, section: str, evaluation: "Evaluation") -> None:
         write_text(path, with_section(before, section))
         return
     bundle = bundles.load(path.parent)
-    digest = evaluation.results.bundle.get("digest", bundle.digest)
-    if digest != bundle.digest:
-        raise DataError(
-            f"{path}: is the card of the model {bundle.digest}, but {evaluation.folder} holds results of "
-            f"{digest}. Give the card of the evaluated bundle, or evaluate this one."
-        )
+    results = evaluation.results
+    calibration = bundle.manifest.files.get(bundles.CALIBRATION, "none")
+    for what, here, there in (
+        ("model", bundle.digest, results.bundle.get("digest")),
+        ("calibration", calibration, results.settings.get("identity", {}).get("calibration")),
+    ):
+        if there not in (None, here):
+            raise DataError(
+                f"{path}: is the card of the {what} {here}, but {evaluation.folder} holds results of "
+                f"{there}. Give the card of the evaluated bundle, or evaluate this one."
+            )
     with atomic_folder(bundle.path, keep=True) as folder:
         card = folder / bundles.CARD
         write_text(card, with_section(card.read_text() if card.exists() else "", section))

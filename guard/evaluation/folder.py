@@ -34,7 +34,8 @@ class Folder:
     attacks to be kept.
 
     `finished` are the attacks on accuracy, `denied` those that make clean images rejected, `left_out` the
-    reasons by name of those that could not be run.
+    reasons by name of those that could not be run, `unfinished` names those that an earlier run, or a joined
+    one, began and has not finished.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], scores: Sequence[ScoreName]) -> None:
@@ -42,6 +43,7 @@ class Folder:
         self.finished: list[Finished] = []
         self.denied: list[Finished] = []
         self.left_out: dict[str, str] = {}
+        self.unfinished: list[str] = []
 
     @property
     def all(self) -> list[Finished]:
@@ -119,6 +121,9 @@ class Folder:
                 into.append(finished)
                 taken.append(finished)
         names = {one.result.name for one in self.all}
+        begun = {one.result.name for one in taken}.intersection(results.outstanding)
+        whole = {one.name for one in (*results.attacks, *results.over_rejection)} - set(results.outstanding)
+        self.unfinished = [*(name for name in self.unfinished if name not in whole), *sorted(begun)]
         left_out = {one.name: one.reason for one in results.left_out} | self.left_out
         self.left_out = {name: reason for name, reason in left_out.items() if name not in names}
         return taken

@@ -11,13 +11,19 @@ import numpy as np
 
 from guard import attacks
 from guard.attacks import Differentiable, Floats, Labels, Norm, column, misclassified, random_directions
-from guard.evaluation.attack import BLACK_BOX
+from guard.evaluation.attack import Knowledge
 from guard.evaluation.results import Check, Finished, Flags
 from guard.stages import Arrays
 
 STEPS = (1, 5, 20, 80)
 UNBOUNDED_STEPS = 80
 DRAWS = 100
+BLACK_BOXES: dict[str, tuple[Knowledge, ...]] = {
+    "search by queries": ("scores", "decisions"),
+    "transfer": ("another network",),
+}
+"""Attacks that see no gradient of the model's; each kind is judged on the images that it was run on."""
+
 TOLERANCE = 0.01
 """Share of images that an attack may win over another by luck: one image, or one in a hundred."""
 
@@ -97,7 +103,7 @@ def checks(finished: Sequence[Finished], probed: Arrays, budgets: Mapping[Norm, 
             _more_steps(probed, norm, eps),
             _one_step(probed, norm, eps),
             _random_search(probed, norm, eps),
-            _black_box(finished, norm, eps),
+            *(_black_box(finished, kind, norm, eps) for kind in BLACK_BOXES),
         ]
     return found
 
@@ -158,9 +164,9 @@ def _random_search(probed: Arrays, norm: Norm, eps: float) -> Check:
     )
 
 
-def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
-    """Of the images that some attack of either kind was run on, those that only a black box broke: by
-    queries, or by transfer from another network.
+def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) -> Check:
+    """Of the images that attacks both by gradients and of this kind of black box were run on, those that
+    only the black box broke.
 
     Only attacks made for this norm and budget count, or for the nearest image in this norm: others are no
     measure of what their kind can do here. Those that know the detector, and may stop at images broken
@@ -172,17 +178,17 @@ def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
         if one.result.aware is None and one.result.norm == norm and one.result.budget in (None, eps)
     ]
     white = [one for one in plain if one.result.knowledge == "gradients"]
-    black = [one for one in plain if one.result.knowledge in BLACK_BOX]
+    black = [one for one in plain if one.result.knowledge in BLACK_BOXES[kind]]
     rows = np.intersect1d(_rows(white), _rows(black))
-    expected = f"queries and transfer break no image within {eps:.4g} that gradients do not"
-    name = f"gradients beat black boxes, {norm}"
+    expected = f"{kind} breaks no image within {eps:.4g} that gradients do not"
+    name = f"gradients beat {kind}, {norm}"
     if not len(rows):
         return Check(
             name=name,
             verdict="not run",
             expected=expected,
             found="no attacks of both kinds at this budget, or to the nearest image, on the same images; the "
-            "group decision and --twin add black boxes",
+            "group decision adds queries, --twin transfer",
         )
     by_gradients = np.isin(rows, _broken(white, norm, eps))
     by_black_box = np.isin(rows, _broken(black, norm, eps))
@@ -191,11 +197,11 @@ def _black_box(finished: Sequence[Finished], norm: Norm, eps: float) -> Check:
         name=name,
         verdict="passed" if _few(alone, len(rows)) else "failed",
         expected=expected,
-        found=f"{alone} of {len(rows)} images; black boxes break {int(by_black_box.sum())}, gradients "
+        found=f"{alone} of {len(rows)} images; {kind} breaks {int(by_black_box.sum())}, gradients "
         f"{int(by_gradients.sum())}",
         numbers={
-            "black box alone": alone,
-            "black box": int(by_black_box.sum()),
+            f"{kind} alone": alone,
+            kind: int(by_black_box.sum()),
             "gradients": int(by_gradients.sum()),
             "n": len(rows),
             "budget": eps,

@@ -119,16 +119,30 @@ class AttackResult(Record):
     file: str
 
 
+class Subset(Record):
+    """Of the first `images`, on which `attacks` were run too: what stands under these and those run on more
+    images, what is accepted and right without attack, and what stands `alone`, without the detector. `added`
+    is the share that `attacks` brought down of those that the others left standing; None: they left none.
+    """
+
+    images: int
+    attacks: list[str]
+    standing: Share
+    clean: Share
+    alone: Share
+    added: Share | None
+
+
 class Standing(Record):
     """Robust accuracy with rejection at a budget: of all n images, those that are accepted and right when
     clean, and for which no attack of the run found an accepted image of another class within the budget.
 
-    `fallen` counts, by attack, the images that it brought down, of those it was run on, whatever others did;
-    `worst` is the first of them, which need not be the strongest where others were run on fewer images;
-    `clean` is the share that is accepted and right without attack. Where dear attacks were run on fewer
-    images, `standing` counts the rest as if they had failed there, and `complete` is the same share among the
-    first images, on which all were run. `alone` is what stands without the detector: images that are right,
-    and for which no attack found one of another class, accepted or not.
+    `clean` is the share that is accepted and right without attack. `fallen` counts, by attack, the images
+    that it brought down, whatever others did, and `tried` those accepted and right that it was meant for;
+    `worst` brought down the largest share of them. `alone` is what stands without the detector: images that
+    are right, and for which no attack found one of another class, accepted or not. Where dear attacks were
+    run on fewer images, all of this counts the rest as if they had failed there; `subsets`, largest first,
+    say what stands where they were run.
     """
 
     score: ScoreName
@@ -138,8 +152,9 @@ class Standing(Record):
     clean: Share
     worst: str | None
     fallen: dict[str, int]
-    complete: Share | None = None
+    tried: dict[str, int]
     alone: Share | None = None
+    subsets: list[Subset] = Field(default_factory=list)
 
 
 class Check(Record):
@@ -212,13 +227,15 @@ class Results(Record):
     def sought(self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None) -> bool:
         """Whether an attack looked for the nearest image in a norm or, given a budget, was run at this one.
 
-        Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing.
+        Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing;
+        so are those of images that an attack on the first ones only was not run on.
         Counted are attacks on the classifier alone or, with `aware`, those that know this score.
         """
         return any(
             one.norm == norm
             and one.aware == aware
             and one.knowledge != "nothing"
+            and one.settings.get("images", self.images) >= self.images
             and (one.budget is None or (budget is not None and same(one.budget, budget)))
             for one in self.attacks
         )

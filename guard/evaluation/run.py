@@ -193,6 +193,8 @@ class _Run:
         for key in asked.keys() & done.keys():
             self.folder.compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
+        names = {name for name, _ in asked}
+        self.folder.unfinished = [name for name in self.folder.unfinished if name not in names]
         self.alone = len({task.attack.name for task in tasks}) == 1
         for attack in {task.attack.name: task.attack for task in left}.values():
             self.folder.left_out.pop(attack.name, None)
@@ -213,9 +215,8 @@ class _Run:
         total += closing.passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
-            names = [task.attack.name for task in left]
             for at, task in enumerate(left):
-                self._write([*names[at:], *LAST])
+                self._write([*(later.attack.name for later in left[at:]), *LAST])
                 self._attack(task, progress)
             if left:
                 self._write(LAST)
@@ -490,7 +491,7 @@ class _Run:
             attacks=[one.result for one in self.folder.finished],
             standing=standing.standings(self.folder.all, clean, self.scores, budgets),
             over_rejection=[one.result for one in self.folder.denied],
-            outstanding=list(dict.fromkeys(outstanding)),
+            outstanding=list(dict.fromkeys((*self.folder.unfinished, *outstanding))),
             left_out=[LeftOut(name=name, reason=reason) for name, reason in self.folder.left_out.items()],
             checks=self.checks,
             radii=self.radii,

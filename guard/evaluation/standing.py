@@ -1,13 +1,13 @@
 """The headline: robust accuracy with rejection, under the union of everything that attacks found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.decision import NORMS
-from guard.evaluation.results import Finished, Standing, share
+from guard.evaluation.results import Finished, Standing, Subset, share
 from guard.evaluation.target import Flags
 from guard.stages import Arrays
 
@@ -48,30 +48,59 @@ def standings(
 def _standing(
     finished: Sequence[Finished], clean: Arrays, score: ScoreName, norm: Norm, budget: float
 ) -> Standing:
-    taken = clean["right"] & clean[f"accepted_{score}"]
-    by_attack: dict[str, Flags] = {}
-    left = taken.copy()
-    alone = np.asarray(clean["right"], np.bool_).copy()
-    shortest = len(taken)
+    right = np.asarray(clean["right"], np.bool_)
+    taken = right & clean[f"accepted_{score}"]
+    fell: dict[str, Flags] = {}
+    wrong: dict[str, Flags] = {}
+    images: dict[str, int] = {}
+    fewer: set[str] = set()
     for one in finished:
-        result, wrong = one.result, one.within(norm, budget)
-        fell = by_attack.setdefault(result.name, np.zeros(len(taken), np.bool_))
-        fell[one.arrays["row"][wrong & one.arrays[f"accepted_{score}"]]] = True
-        left &= ~fell
-        alone[one.arrays["row"][wrong]] = False
+        result, within = one.result, one.within(norm, budget)
+        for flags, by in ((within & one.arrays[f"accepted_{score}"], fell), (within, wrong)):
+            by.setdefault(result.name, np.zeros(len(right), np.bool_))[one.arrays["row"][flags]] = True
+        images[result.name] = min(int(result.settings["images"]), len(right))
         aimed = result.norm == norm and result.aware in (None, score)
-        if aimed and (result.budget is None or result.budget <= budget):
-            shortest = min(shortest, int(result.settings["images"]))
-    counts = {name: int((fell & taken).sum()) for name, fell in by_attack.items()}
-    ranked = dict(sorted(((n, c) for n, c in counts.items() if c), key=lambda item: (-item[1], item[0])))
+        if aimed and images[result.name] < len(right) and (result.budget is None or result.budget <= budget):
+            fewer.add(result.name)
+    subsets = []
+    for count in sorted({images[name] for name in fewer}, reverse=True):
+        more = [name for name in images if images[name] > count]
+        here = sorted(name for name in fewer if images[name] == count)
+        before = _left(taken, fell, more)[:count]
+        after = _left(taken, fell, [*more, *here])[:count]
+        subsets.append(
+            Subset(
+                images=count,
+                attacks=here,
+                standing=share(after),
+                clean=share(taken[:count]),
+                alone=share(_left(right, wrong, [*more, *here])[:count]),
+                added=share(~after[before]) if before.any() else None,
+            )
+        )
+    fallen = {name: int((flags & taken).sum()) for name, flags in fell.items()}
+    tried = {name: int(taken[: images[name]].sum()) for name in fell}
+    ranked = sorted(
+        (name for name in fallen if fallen[name]),
+        key=lambda name: (-fallen[name] / tried[name], -fallen[name], name),
+    )
     return Standing(
         score=score,
         norm=norm,
         budget=budget,
-        standing=share(left),
+        standing=share(_left(taken, fell, fell)),
         clean=share(taken),
         worst=next(iter(ranked), None),
-        fallen=ranked,
-        complete=share(left[:shortest]) if shortest < len(taken) else None,
-        alone=share(alone),
+        fallen={name: fallen[name] for name in ranked},
+        tried={name: tried[name] for name in ranked},
+        alone=share(_left(right, wrong, wrong)),
+        subsets=subsets,
     )
+
+
+def _left(taken: Flags, broken: Mapping[str, Flags], names: Iterable[str]) -> Flags:
+    """Which of the images taken none of the named attacks broke."""
+    left = taken.copy()
+    for name in names:
+        left &= ~broken[name]
+    return left

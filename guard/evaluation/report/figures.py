@@ -180,7 +180,7 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
         "where it was spent, so between budgets the curve is too high. Dots: the figures of the verdict, "
         "with their 95% intervals."
     )
-    if any(one.complete is not None for one in standings):
+    if any(one.subsets for one in standings):
         caption += " Dear attacks ran on the first images only; the verdict says what stands of those."
     return Figure(f"Robust accuracy in {norm}", frame.svg(marks, f"robust {norm}"), tuple(legend), caption)
 

@@ -1,5 +1,7 @@
 """What an evaluation amounts to, in plain words: the same for the page and for the model's card."""
 
+from collections.abc import Sequence
+
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.evaluation.report import words
@@ -65,10 +67,29 @@ def not_run(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def left_out(evaluation: Evaluation) -> str:
-    """The attacks that were asked for and could not be run, each with its reason; empty: none."""
-    refused = [f"{one.name} ({one.reason})" for one in evaluation.results.left_out]
-    return f"Asked for and left out: {'; '.join(refused)}" if refused else ""
+def gaps(evaluation: Evaluation, *, named: bool = False) -> list[str]:
+    """What the run lacks, in sentences: families of attacks, images, and attacks that could not be run;
+    `named` names the model.
+    """
+    results = evaluation.results
+    said = []
+    if missing := not_run(evaluation):
+        on = f" on {name(evaluation)}" if named else ""
+        said.append(f"Attacks not run{on}: {', '.join(missing)}. What they would find is unknown.")
+    fewer: dict[int, dict[str, None]] = {}
+    for one in (*results.attacks, *results.over_rejection):
+        count = int(one.settings.get("images", results.images))
+        if count < results.images:
+            fewer.setdefault(count, {})[one.name] = None
+    if fewer:
+        parts = [f"on the first {count} {', '.join(fewer[count])}" for count in sorted(fewer, reverse=True)]
+        said.append(
+            f"Run on fewer images: {'; '.join(parts)}. Wherever all attacks are spoken of, these count as "
+            "failed on the other images."
+        )
+    if refused := [f"{one.name} ({one.reason})" for one in results.left_out]:
+        said.append(f"Asked for and left out: {'; '.join(refused)}")
+    return said
 
 
 def false_alarms(evaluation: Evaluation) -> list[list[str]]:
@@ -95,10 +116,11 @@ def headline(evaluation: Evaluation) -> list[str]:
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
         if stands:
             parts = ". ".join(
-                f"At {words.size(one.budget, norm)}: {words.standing(one)}{words.alone(one)}"
+                f"At {words.size(one.budget, norm)}: {words.share(one.standing)}{words.alone(one)}"
                 for one in stands
             )
             said.append(f"Robust accuracy with rejection in {norm}. {parts}.")
+            said += added(stands)
     if results.standing:
         said.append(
             f"That is the share of images that are right and that {score} accepts when clean, and for which "
@@ -110,6 +132,51 @@ def headline(evaluation: Evaluation) -> list[str]:
     if unknown := unknowing(results, score):
         said.append(unknown)
     return said
+
+
+def added(stands: Sequence[Standing]) -> list[str]:
+    """What dear attacks, run on fewer images, brought down of those that others left: by subset."""
+    found: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    for one in stands:
+        for some in one.subsets:
+            said = f"at {words.size(one.budget, one.norm)} {words.count(some.added)}"
+            found.setdefault((some.images, tuple(some.attacks)), []).append(said)
+    return [
+        f"On the first {images} images ran {', '.join(attacks)} too, and brought down, of those that other "
+        f"attacks left, {', '.join(counts)}."
+        for (images, attacks), counts in found.items()
+    ]
+
+
+def subsets(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """A row per score, budget and subset of images that dear attacks were run on."""
+    return [
+        [
+            *([name(evaluation)] if len(evaluations) > 1 else []),
+            f"{one.score}, {words.at(one.budget, one.norm)}",
+            f"first {some.images}",
+            ", ".join(some.attacks),
+            words.count(some.added),
+            words.share(some.standing),
+            words.share(some.clean),
+            words.share(some.alone),
+        ]
+        for evaluation in evaluations
+        for one in evaluation.results.standing
+        for some in one.subsets
+    ]
+
+
+SUBSETS = (
+    "score, budget",
+    "images",
+    "attacks",
+    "brought down of those left",
+    "under attack",
+    "without attack",
+    "without the detector",
+)
+"""The heads of `subsets`."""
 
 
 def unknowing(results: Results, score: ScoreName) -> str:
@@ -175,8 +242,13 @@ def masking(evaluation: Evaluation) -> str:
 
 
 def worst(standing: Standing) -> str:
-    """The attack that brought most images down, and how many."""
+    """The attack that brought the largest share of its images down, and how many of how many."""
     if standing.worst is None:
         return words.MISSING
-    fallen = standing.fallen.get(standing.worst)
-    return standing.worst if fallen is None else f"{standing.worst} ({fallen})"
+    fallen, tried = brought_down(standing, standing.worst)
+    return f"{standing.worst} ({fallen} of {tried})"
+
+
+def brought_down(standing: Standing, attack: str) -> tuple[int, int]:
+    """How many images an attack brought down by itself, and of how many."""
+    return standing.fallen.get(attack, 0), standing.tried.get(attack, standing.clean.count)

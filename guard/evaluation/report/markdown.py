@@ -33,6 +33,13 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
         "",
         *_table(["score, budget", *names, "without attack", "worst attack (images)"], _standing(both)),
     ]
+    if rows := findings.subsets(both):
+        head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
+        lines += [
+            "",
+            "The first images, on which dear attacks were run too; above they count as failed on others:",
+        ]
+        lines += ["", *_table(head, rows)]
     if results.checks:
         rows = [[one.name, one.verdict, one.expected, one.found] for one in results.checks]
         lines += ["", *_table(["gradient masking", "verdict", "expected", "found"], rows)]
@@ -79,12 +86,9 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     if results.over_rejection:
         rows = [[words.attack(one), words.share(one.success)] for one in results.over_rejection]
         lines += ["", *_table(["attack that makes clean images rejected", "success"], rows)]
-    missing = findings.not_run(evaluation)
-    if missing:
-        lines += ["", f"Not run: {', '.join(missing)}."]
-    refused = findings.left_out(evaluation)
-    if refused:
-        lines += ["", _escape(refused)]
+    for one in both:
+        for sentence in findings.gaps(one, named=len(both) > 1):
+            lines += ["", _escape(sentence)]
     return "\n".join(lines) + "\n"
 
 
@@ -111,8 +115,8 @@ def _standing(both: Sequence[Evaluation]) -> Iterable[list[str]]:
         twins = [known.get((one.score, one.norm, round(one.budget, 6))) for known in others]
         yield [
             f"{one.score}, {words.at(one.budget, one.norm)}",
-            words.standing(one),
-            *(words.standing(twin) for twin in twins),
+            words.share(one.standing),
+            *(words.share(None if twin is None else twin.standing) for twin in twins),
             words.share(one.clean),
             findings.worst(one),
         ]

@@ -13,6 +13,7 @@ from guard import plots
 from guard.attacks import Norm
 from guard.evaluation.report import figures, findings, gallery, tables, words
 from guard.evaluation.report.reading import Evaluation
+from guard.evaluation.results import Standing
 
 Rows = Iterable[Sequence[str]]
 
@@ -106,14 +107,9 @@ def _verdict(both: Sequence[Evaluation]) -> str:
         said = " ".join(findings.headline(other))
         sentences.append(f'<p class="muted">{_cell(f"{findings.name(other)}, beside it. {said}")}</p>')
     parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(both), _standing(both)]
-    missing = findings.not_run(evaluation)
-    if missing:
-        parts.append(
-            f"<p>Attacks not run: {escape(', '.join(missing))}. What they would find is unknown.</p>"
-        )
-    refused = findings.left_out(evaluation)
-    if refused:
-        parts.append(f"<p>{escape(refused)}</p>")
+    for one in both:
+        gaps = findings.gaps(one, named=len(both) > 1)
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in gaps]
     if results.over_rejection:
         rows = [
             [
@@ -141,7 +137,7 @@ def _cards(both: Sequence[Evaluation]) -> str:
         cards = [
             (
                 f"{of}right and accepted under attack in {words.at(one.budget, one.norm)}",
-                one.complete or one.standing,
+                one.standing,
             )
             for one in findings.leading(evaluation)
         ]
@@ -182,7 +178,7 @@ def _standing(both: Sequence[Evaluation]) -> str:
                 continue
             cells.append(
                 f'<td class="bar" style="--share: {100 * found.standing.value:.1f}%">'
-                f"{_cell(words.standing(found))}</td><td>{_cell(words.share(found.clean))}</td>"
+                f"{_cell(words.share(found.standing))}</td><td>{_cell(words.share(found.clean))}</td>"
             )
         cells.append(f"<td>{escape(findings.worst(one))}</td>")
         kind = ' class="served"' if one.score == served else ""
@@ -200,8 +196,23 @@ def _standing(both: Sequence[Evaluation]) -> str:
     return (
         "<h3>Robust accuracy with rejection: right and accepted under all attacks of the run</h3>"
         f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>{warning}{_fallen(both[0])}"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{warning}{_subsets(both)}{_fallen(both[0])}"
     )
+
+
+def _subsets(both: Sequence[Evaluation]) -> str:
+    """What stands of the first images, on which dear attacks were run too."""
+    rows = findings.subsets(both)
+    if not rows:
+        return ""
+    head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
+    note = (
+        '<p class="muted">Above, dear attacks count as failed where they were not run. Here all '
+        "figures are of those that they were run on: how many they brought down of what attacks on more "
+        "images had left standing, and what stands in all. The first images may be harder or easier than the "
+        "rest, so that only figures of the same images compare.</p>"
+    )
+    return _table("The first images, on which dear attacks were run too", head, rows) + note
 
 
 def _fallen(evaluation: Evaluation) -> str:
@@ -212,7 +223,7 @@ def _fallen(evaluation: Evaluation) -> str:
         names = {name for one in stands for name in one.fallen}
         total = {name: sum(one.fallen.get(name, 0) for one in stands) for name in names}
         rows = [
-            [name, *(str(one.fallen.get(name, 0)) for one in stands)]
+            [name, *(_brought_down(one, name) for one in stands)]
             for name in sorted(total, key=lambda name: (-total[name], name))
         ]
         if rows:
@@ -220,10 +231,15 @@ def _fallen(evaluation: Evaluation) -> str:
             caption = f"Images that are right and accepted by {score}, brought down by each attack"
             parts.append(_table(caption, head, rows))
     note = (
-        '<p class="muted">Whatever the budget it was run at, or none. Dear attacks that know the detector '
-        "ran on what cheaper ones had left standing.</p>"
+        '<p class="muted">Whatever the budget it was run at, or none; with the number of images where it was '
+        "not run on all. Dear attacks that know the detector ran on what cheaper ones had left standing.</p>"
     )
     return "".join([*parts, note]) if parts else ""
+
+
+def _brought_down(standing: Standing, name: str) -> str:
+    fallen, tried = findings.brought_down(standing, name)
+    return str(fallen) if tried == standing.clean.count else f"{fallen} of {tried}"
 
 
 def _checks(evaluation: Evaluation) -> str:
@@ -242,6 +258,7 @@ def _checks(evaluation: Evaluation) -> str:
     return (
         '<h3>Is a defence hiding its gradients?</h3><div class="scroll"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        '<p class="muted">One image, or one in a hundred, is put down to luck.</p>'
     )
 
 

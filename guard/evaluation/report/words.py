@@ -48,11 +48,9 @@ def error(found: Share | None) -> str:
     return share(found.model_copy(update=turned | {"lower": 1 - found.upper, "upper": 1 - found.lower}))
 
 
-def standing(found: Standing | None) -> str:
-    """Robust accuracy with rejection; where dear attacks ran on fewer images, also the share of those."""
-    if found is None or found.complete is None:
-        return share(None if found is None else found.standing)
-    return f"{share(found.standing)}; where all attacks ran: {share(found.complete)}"
+def count(found: Share | None) -> str:
+    """A count and of how many."""
+    return MISSING if found is None else f"{found.count} of {found.n}"
 
 
 def alone(found: Standing) -> str:
