@@ -26,6 +26,7 @@ from guard.attacks import (
     steepest,
 )
 from guard.bundle import ScoreName
+from guard.evaluation.apgd import IMPROVING
 from guard.evaluation.ascent import (
     DEEP,
     Kept,
@@ -72,6 +73,7 @@ def joint(
     score: ScoreName,
     norm: Norm,
     steps: int = 20,
+    first_steps: int | None = None,
     deep_steps: int = 20,
     starts: Sequence[Start] = JOINT,
     adaptive: bool = False,
@@ -79,28 +81,40 @@ def joint(
 ) -> Found:
     """Wrong and accepted within eps (a number, or one per image).
 
-    Every start goes deep into a wrong class (`deep_steps`), where gradients are small; then `steps` follow a
-    weighted sum of two unit vectors, up the margin of the class aimed at and down the worst test. The weight
-    of the second grows by a tenth at every step that ends wrong and rejected, and is halved by one that ends
-    right, which also follows the margin alone: first wrong, then accepted, then back. Steps fall linearly
-    from eps / 2 to eps / 20; `adaptive` are those of APGD instead, with momentum, halved for images that a
-    fifth of all steps did not improve, which then go on from their best point (Croce and Hein 2020). With
-    steps = 0 it is the high-confidence attack: the ends of the ascents alone, judged. An image is left alone
-    once it is accepted. Of failures the wrong image with the smallest excess is returned.
+    Every start goes deep into a wrong class (`deep_steps`), where gradients are small; then `steps`, of the
+    first start `first_steps` where they are given, follow a weighted sum of two unit vectors, up the margin
+    of the class aimed at and down the worst test. The weight of the second grows by a tenth at every step
+    that ends wrong and rejected, and is halved by one that ends right, which also follows the margin alone:
+    first wrong, then accepted, then back. Steps fall linearly from eps / 2 to eps / 20; `adaptive` are those
+    of APGD instead, with momentum, halved after every fifth of all steps for images of which too few steps
+    were better than the one before, or none better than the best, and which then go on from their best point
+    (Croce and Hein 2020). With steps = 0 it is the high-confidence attack: the ends of the ascents alone,
+    judged. An image is left alone once it is accepted. Of failures the wrong image with the smallest excess
+    is returned.
     """
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
     generator = np.random.default_rng(seed)
     kept = Kept.of(images)
-    for start in distinct(starts, target.model.num_classes):
+    for place, start in enumerate(distinct(starts, target.model.num_classes)):
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
             break
+        descent_steps = steps if place or first_steps is None else first_steps
         part, y, limit = images[rows], labels[rows], budget[rows]
         points, aims = ascend(
             target.model, part, y, limit, start, norm=norm, steps=deep_steps, generator=generator
         )
         found = _lower(
-            target, part, y, limit, points, aims, score=score, norm=norm, steps=steps, adaptive=adaptive
+            target,
+            part,
+            y,
+            limit,
+            points,
+            aims,
+            score=score,
+            norm=norm,
+            steps=descent_steps,
+            adaptive=adaptive,
         )
         kept.charge(rows, deep_passes(start, deep_steps) + found.passes)
         kept.offer(rows, found.images, found.success, found.merit)
@@ -124,8 +138,9 @@ def _lower(
     kept = Kept.of(images)
     points, before = points.copy(), points.copy()
     weight = np.full(len(images), 0.5)
-    rate, mark = eps / 2, np.full(len(images), -np.inf)
-    period = max(2, steps // 5)
+    rate, period = eps / 2, max(2, steps // 5)
+    at_last, value = np.full(len(images), -np.inf), np.full(len(images), -np.inf)
+    raised, halved = np.zeros(len(images), np.int64), np.ones(len(images), np.bool_)
     for step in range(steps + 1):
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
@@ -135,7 +150,8 @@ def _lower(
         kept.charge(rows, JUDGED)
         logits = judged.verdict.measurement.logits
         aimed = np.where(aims[rows] >= 0, aims[rows], others(logits, labels[rows]))
-        kept.offer(rows, here, judged.success, merit(judged, logits, aimed))
+        now = merit(judged, logits, aimed)
+        kept.offer(rows, here, judged.success, now)
         if step == steps:
             break
         weight[rows] = np.where(judged.wrong, np.minimum(0.9, weight[rows] + 0.1), weight[rows] / 2)
@@ -149,11 +165,15 @@ def _lower(
         momentum = np.asarray(0.75 * (ahead - here) + 0.25 * (here - before[rows]), np.float32)
         shift = project(here + momentum - images[rows], eps[rows], norm)
         before[rows], points[rows] = here, np.clip(images[rows] + shift, 0.0, 1.0)
+        raised[rows] += now > value[rows]
+        value[rows] = now
         if (step + 1) % period == 0:
-            stuck = rows[kept.merit[rows] <= mark[rows]]
-            rate[stuck] /= 2
-            points[stuck] = before[stuck] = kept.images[stuck]
-            mark[rows] = kept.merit[rows]
+            stuck = ~halved & (kept.merit <= at_last)
+            halved = (raised < IMPROVING * period) | stuck
+            rate[halved] /= 2
+            points[halved] = before[halved] = kept.images[halved]
+            value[halved], at_last = kept.merit[halved], kept.merit.copy()
+            raised[:] = 0
     return kept
 
 
@@ -277,26 +297,28 @@ def evasive_carlini_wagner(
     score: ScoreName,
     steps: int = 60,
     searches: int = 4,
-    rate: float = 0.02,
+    rate: float = 0.04,
     seed: int = 0,
 ) -> Found:
     """LIPGEN's evasive Carlini-Wagner attack (section 7): the nearest image in l2 of a loss plus a penalty on
     what the detector measures.
 
     min ||x' - x||² + c (max(0, -M_a) + max(0, log s / t)), a the most probable wrong class, s / t the worst
-    test over its threshold, by Adam on x' = (1 + tanh w / 0.97) / 2, clipped, as in `carlini_wagner`; c by
-    `searches` of a bisection per image. LIPGEN penalizes ||∇l||² of a loss it does not name. The logarithm
-    has the same direction and works for every score; its gradient gets the length of the margin's, for beside
-    the boundary it has no bound.
+    test over its threshold, by Adam on x' = (1 + tanh w / 0.97) / 2, clipped, as in `carlini_wagner`, at a
+    rate that falls to a twentieth. c comes by `searches` of a bisection per image; each goes on from the
+    nearest success so far, at a quarter of the rate. LIPGEN penalizes ||∇l||² of a loss it does not name. The
+    logarithm has the same direction and works for every score; its gradient gets the length of the margin's,
+    for beside the boundary it has no bound.
     """
     del seed  # nothing here is drawn
     kept = Kept.of(images)
     count = len(images)
     low, high, c = np.zeros(count), np.full(count, np.inf), np.full(count, 0.05)
-    origin = np.arctanh((2 * images.astype(np.float64) - 1) * INSIDE)
     rows = np.arange(count)
     for _ in range(searches if count else 0):
-        w, first, second = origin.copy(), np.zeros_like(origin), np.zeros_like(origin)
+        w = np.arctanh((2 * kept.images.astype(np.float64) - 1) * INSIDE)
+        first, second = np.zeros_like(w), np.zeros_like(w)
+        rates = column(np.where(kept.success, rate / 4, rate))
         hit = np.zeros(count, np.bool_)
         for step in range(1, steps + 1):
             points = np.clip((1 + np.tanh(w) / INSIDE) / 2, 0.0, 1.0).astype(np.float32)
@@ -320,17 +342,21 @@ def evasive_carlini_wagner(
             slope *= (1 - np.tanh(w) ** 2) / (2 * INSIDE)
             first = 0.9 * first + 0.1 * slope
             second = 0.999 * second + 0.001 * slope**2
-            w -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            direction = (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            w -= rates * (1 - 0.95 * step / steps) * direction
         high = np.where(hit, np.minimum(high, c), high)
         low = np.where(hit, low, np.maximum(low, c))
         c = np.where(np.isfinite(high), (low + high) / 2, 10 * c)
     return confirmed(target, images, labels, kept, score, "l2")
 
 
-def _joint_passes(starts: Sequence[Start], steps: int, deep_steps: int) -> int:
+def _joint_passes(
+    starts: Sequence[Start], steps: int, deep_steps: int, first_steps: int | None = None
+) -> int:
     """The cost of `joint` for an image that withstands every start."""
     deep = sum(deep_passes(start, deep_steps) for start in starts)
-    return deep + len(starts) * ((steps + 1) * JUDGED + steps * PULLED) + JUDGED
+    descents = (len(starts) - 1) * steps + (steps if first_steps is None else first_steps)
+    return deep + descents * (JUDGED + PULLED) + (len(starts) + 1) * JUDGED
 
 
 def _nearest(score: ScoreName, norm: Norm) -> Attack:
@@ -378,10 +404,10 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
             knowing(
                 "joint-pgd",
                 "Joint PGD",
-                joint,
+                partial(joint, first_steps=100),
                 score,
                 norm,
-                passes=_joint_passes(JOINT, 20, 20),
+                passes=_joint_passes(JOINT, 20, 20, first_steps=100),
                 source="Tramèr et al. 2020, on the served decision",
             ),
             knowing(

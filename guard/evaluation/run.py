@@ -60,7 +60,7 @@ from guard.stages import PIECE, Arrays
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 """Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
 not mixed with."""
 
