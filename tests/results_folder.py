@@ -141,7 +141,7 @@ class Folder:
             clean=share_of(int(kept.sum()), len(kept)),
             worst=max(fallen, key=lambda name: fallen[name], default=None),
             fallen=fallen,
-            tried=dict.fromkeys(fallen, int(kept.sum())),
+            meant=dict.fromkeys(fallen, int(kept.sum())),
         )
 
     def write(self, **more: Any) -> Results:

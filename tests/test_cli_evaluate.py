@@ -182,7 +182,7 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
         clean=share(870, 1000),
         worst="nearest-accepted-margin-gradient-linf",
         fallen={"nearest-accepted-margin-gradient-linf": 700},
-        tried={"nearest-accepted-margin-gradient-linf": 870},
+        meant={"nearest-accepted-margin-gradient-linf": 870},
         subsets=[
             Subset(
                 images=200,
@@ -235,7 +235,7 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
     assert "  margin-gradient linf 8/255   12.3% [0.1%, 99.9%], clean 87.0%" in lines
     assert "    most fall to nearest-accepted-margin-gradient-linf: 700 of 870" in lines
     (first,) = (line for line in lines if line.startswith("    first 200: "))
-    assert first.startswith("    first 200: 10.0% [0.1%, 99.9%]; 3 of 23 more fall to boundary-linf, ")
+    assert first.startswith("    first 200: 10.0% [0.1%, 99.9%]; 3 of the 23 left fell to boundary-linf, ")
     assert "signs of masked gradients: 1 found, 0 absent, 0 not looked for" in lines
     assert any("conformal" in line and "1.2% of 1000 (<= 99.9%), 0.50" in line for line in lines)
     assert "  right without attack:" in lines[1]

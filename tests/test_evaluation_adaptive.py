@@ -396,6 +396,49 @@ def test_no_step_is_computed_that_is_not_judged(monkeypatch: pytest.MonkeyPatch)
     assert (found.passes <= 5 * served.JUDGED + 4 * adaptive.PULLED).all()
 
 
+def test_steps_of_joint_apgd_are_halved_where_nothing_improves(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, w, _ = two_classes("radius")
+    monkeypatch.setattr(guard, "calibration", guard.calibration.model_copy(update={"threshold": 1e-3}))
+    rates: list[float] = []
+    moved = ascent.moved
+
+    def noted(*arguments: Any) -> Floats:
+        rates.append(float(arguments[3][0]))
+        return moved(*arguments)
+
+    monkeypatch.setattr(adaptive, "moved", noted)
+    images, labels, _ = batch(w, 1)
+    options: dict[str, Any] = {"score": "radius", "norm": "l2", "starts": JOINT[:1], "deep_steps": 10}
+    adaptive.joint(target_of(guard), images, labels, 0.8, adaptive=True, steps=20, **options)
+    assert len(rates) == 20
+    assert rates[:4] == [0.4] * 4
+    assert rates[-1] <= 0.1
+    assert set(np.diff(np.log2(rates)).round(6)) <= {0.0, -1.0}
+
+
+def test_a_search_of_the_evasive_attack_starts_at_the_nearest_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard, w, _ = two_classes("radius")
+    images, labels, _ = batch(w, 1)
+    points: list[Floats] = []
+    judge = served.judge
+
+    def noted(*arguments: Any) -> Any:
+        points.append(arguments[1])
+        return judge(*arguments)
+
+    monkeypatch.setattr(adaptive, "judge", noted)
+    options: dict[str, Any] = {"score": "radius", "steps": 60}
+    first = adaptive.evasive_carlini_wagner(target_of(guard), images, labels, searches=1, **options)
+    assert first.success.all()
+    points.clear()
+    second = adaptive.evasive_carlini_wagner(target_of(guard), images, labels, searches=2, **options)
+    assert points[0] == pytest.approx(images, abs=1e-6)
+    assert points[60] == pytest.approx(first.images, abs=1e-6)
+    assert (second.distance <= first.distance).all()
+
+
 def test_the_cost_is_counted_per_image_until_it_succeeds() -> None:
     guard, w, _ = two_classes("radius")
     images, labels, _ = batch(w, 2)

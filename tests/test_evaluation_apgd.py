@@ -4,9 +4,22 @@ import numpy as np
 import pytest
 
 from guard.attacks import Floats, Labels, Loss, Norm
-from guard.evaluation.apgd import apgd, checkpoints, difference_of_logits_ratio, loss_gradient
+from guard.evaluation.apgd import (
+    apgd,
+    checkpoints,
+    difference_of_logits_ratio,
+    loss_gradient,
+    slowed,
+)
 from guard.runtime import Detector
 from tests import networks
+
+
+def test_a_step_is_halved_by_either_condition_of_the_paper() -> None:
+    highest, at_last = np.array([2.0, 2.0, 2.0, 2.0]), np.array([2.0, 2.0, 1.0, 1.0])
+    halved = np.array([False, True, False, False])
+    raised = np.array([6, 6, 6, 5])
+    assert slowed(raised, 8, halved, highest, at_last).tolist() == [True, False, False, True]
 
 
 def test_checkpoints_are_those_of_the_paper() -> None:

@@ -571,7 +571,7 @@ class TestFindings:
     def test_a_run_that_was_stopped_says_so_first(self, evaluation: Evaluation) -> None:
         assert findings.headline(changed(evaluation, outstanding=["fab-l2", "audit of the radii"]))[0] == (
             "The run is not finished: outstanding are fab-l2, audit of the radii. Attacks that are missing "
-            "would leave less standing. The same command goes on from here."
+            "would leave less standing. The command that began them goes on from here."
         )
         bare = changed(evaluation, checks=[], radii=[])
         assert not any("not finished" in sentence for sentence in findings.headline(bare))
@@ -590,16 +590,40 @@ class TestFindings:
         said = words.share(first.standing)
         stands, added, *_ = findings.headline(dear)
         assert stands == f"Robust accuracy with rejection in l2. At 0.25: {said}."
-        assert added == (
-            "On the first 20 images ran autoattack-l2, cw-restarts-l2 too, and brought down, of those that "
-            "other attacks left, at 0.25 1 of 4."
+        assert (
+            added == "On the first 20 images dear attacks brought down, of those others left, 1 of 4 at 0.25."
         )
+        none = some.model_copy(update={"added": None})
+        assert findings.added([first.model_copy(update={"subsets": [none]})]) == []
         text, section = text_of(page(dear)), markdown.section(dear)
         assert "first 20autoattack-l2, cw-restarts-l21 of 415.0% [3.2, 37.9] (n = 20)" in text
         assert f"| jacobian, l2 0.25 | {said} |" in section
         assert "| first 20 | autoattack-l2, cw-restarts-l2 | 1 of 4 | 15.0% [3.2, 37.9] (n = 20) |" in section
         figure = next(one for one in figures.figures(dear, None, {}) if one.title == "Robust accuracy in l2")
         assert "ran on the first images only" in figure.caption
+
+    def test_attacks_on_the_first_images_only_are_named_and_give_no_median(
+        self, evaluation: Evaluation
+    ) -> None:
+        results = evaluation.results
+        few = [one.model_copy(update={"settings": one.settings | {"images": 20}}) for one in results.attacks]
+        dear = changed(evaluation, attacks=few)
+        assert results.sought("l2")
+        assert not dear.results.sought("l2")
+        assert dear.results.sought("l2", on_all=False)
+        assert findings.price(evaluation)
+        assert findings.price(dear) == []
+        assert findings.unknowing(dear.results, "jacobian") == findings.unknowing(results, "jacobian")
+        said = [
+            one for one in findings.gaps(dear, named=True) if "Run on fewer images: on the first 20 " in one
+        ]
+        assert len(said) == 1
+        assert said[0].startswith(f"{findings.name(dear)}: Run on fewer images")
+        first = results.standing[0]
+        meant = first.model_copy(update={"meant": dict.fromkeys(first.fallen, 10)})
+        name = max(first.fallen, key=lambda one: first.fallen[one])
+        text = text_of(page(changed(evaluation, standing=[meant])))
+        assert f"{name}{first.fallen[name]} of 10" in text
 
     def test_families_not_run(self, evaluation: Evaluation) -> None:
         missing = findings.not_run(evaluation)

@@ -515,12 +515,16 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     assert [one.name for one in stopped.attacks] == ["straight-l2", "later-l2"]
     assert stopped.radii == []
     assert stopped.checks == []
-    assert stopped.outstanding == ["last-l2", "signs of masked gradients", "audit of the radii"]
+    assert stopped.outstanding == [
+        *(f"last-l2 {budget}" for budget in ("2", "2.5", "3")),
+        "signs of masked gradients",
+        "audit of the radii",
+    ]
     assert first.outstanding == []
     assert evaluated(other_folder, out, *later[:1]).outstanding == []
     with pytest.raises(KeyboardInterrupt):
         evaluated(other_folder, out, later[1])
-    assert load(out).outstanding[0] == "last-l2", "before it has finished anything"
+    assert load(out).outstanding[0] == "last-l2 2", "before it has finished anything"
 
 
 def test_an_attack_stopped_between_budgets_stays_outstanding(other_folder: Path, tmp_path: Path) -> None:
@@ -533,9 +537,13 @@ def test_an_attack_stopped_between_budgets_stays_outstanding(other_folder: Path,
     with pytest.raises(KeyboardInterrupt):
         evaluated(other_folder, half, attack(interrupted))
     other = attack(name="other-l2", budgets=(3.0,))
-    assert evaluated(other_folder, half, other).outstanding == ["straight-l2"]
-    joined = evaluated(other_folder, tmp_path / "joined", other, joined=[half])
-    assert joined.outstanding == ["straight-l2"]
+    assert evaluated(other_folder, half, other).outstanding == ["straight-l2 3"]
+    assert evaluated(other_folder, half, attack(budgets=(2.0,))).outstanding == ["straight-l2 3"]
+    narrow = tmp_path / "narrow"
+    evaluated(other_folder, narrow, attack(budgets=(2.0,)))
+    for at, folders in enumerate(([half], [half, narrow], [narrow, half])):
+        joined = evaluated(other_folder, tmp_path / f"joined {at}", other, joined=folders)
+        assert joined.outstanding == ["straight-l2 3"]
     evaluated(other_folder, whole, attack())
     for folders in ([half, whole], [whole, half]):
         out = tmp_path / f"after {folders[0].name}"

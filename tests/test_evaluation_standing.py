@@ -77,8 +77,8 @@ def test_whatever_any_attack_found_counts_within_the_budget() -> None:
         ("of-another-score", 1),
     ]
     assert found.worst == "far-l2"
-    assert found.tried["near-l2"] == 7
-    assert found.tried["joint-l2"] == 6
+    assert found.meant["near-l2"] == 7
+    assert found.meant["joint-l2"] == 6
     # Of the first six the others left 0, 2 and 4, of which the joint one broke 4.
     (first,) = found.subsets
     assert (first.images, first.attacks) == (6, ["joint-l2"])
@@ -103,12 +103,25 @@ def test_the_first_images_are_those_of_the_attacks_that_could_count() -> None:
         assert [one.images for one in at.subsets] == [*images, 3]
 
 
+def test_attacks_of_another_norm_on_the_same_first_images_count_there_too() -> None:
+    few = finished("few-l2", {}, images=4)
+    other = finished("few-linf", {1: 0.1, 3: 0.1}, norm="linf", images=4)
+    (found,) = standings([few, other], clean(), ["jacobian"], {"l2": (0.5,)})
+    assert (found.standing.count, found.clean.count) == (5, 7)
+    assert found.meant == {"few-l2": 4, "few-linf": 4}
+    (first,) = found.subsets
+    assert first.attacks == ["few-l2"]
+    assert (first.standing.count, first.alone.count) == (2, 2)
+    assert first.added is not None
+    assert (first.added.count, first.added.n) == (0, 2)
+
+
 def test_an_attack_on_fewer_images_is_worst_by_its_share_of_them() -> None:
     many = finished("many-l2", {0: 0.1, 1: 0.1, 2: 0.1})
     few = finished("few-l2", {0: 0.1, 1: 0.1}, images=2)
     (found,) = standings([many, few], clean(), ["jacobian"], {"l2": (0.5,)})
     assert found.worst == "few-l2"
-    assert (found.fallen["few-l2"], found.tried["few-l2"]) == (2, 2)
+    assert (found.fallen["few-l2"], found.meant["few-l2"]) == (2, 2)
     (first,) = found.subsets
     assert first.added is None, "the attack on all images had left none of these"
 

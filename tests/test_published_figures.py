@@ -85,6 +85,21 @@ def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None
     assert f"Without it {share(near)} would stand at l2 0.25 and {share(flat)} at linf 2/255" in readme
 
 
+def test_what_is_rejected_of_careless_attacks(readme: str, evaluations: list[Results]) -> None:
+    nearest, deep = (
+        one.detection["jacobian"].rejected
+        for name, budget in (("fmn-l2", None), ("pgd-deep-l2", 0.5))
+        for one in evaluations[0].attacks
+        if one.name == name and one.budget == budget
+    )
+    said = [
+        f"{100 * one.value:.0f}% {{}}({100 * one.lower:.1f}-{100 * one.upper:.1f}%, n = {one.n})"
+        for one in (nearest, deep)
+    ]
+    assert f"minimum-norm ones are rejected in {said[0].format('of cases ')}" in readme
+    assert f"PGD that goes on to the end of a budget of 0.5 in {said[1].format('')}" in readme
+
+
 def test_what_attacks_did_to_the_conformal_radii(readme: str) -> None:
     calibration = load(ROOT / "models" / "cifar10").calibration
     assert calibration

@@ -323,6 +323,8 @@ def summary(results: "Results", out: Path) -> str:
     lines += [line for standing in results.standing for line in _standing_lines(standing)]
     for score in results.scores:
         lines += textwrap.wrap(findings.unknowing(results, score), _WIDTH - 1)
+    if results.outstanding:
+        lines += textwrap.wrap(f"outstanding from other runs: {', '.join(results.outstanding)}", _WIDTH - 1)
     plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
     if plain:
         lines += [
@@ -383,9 +385,10 @@ def _standing_lines(standing: "Standing") -> list[str]:
     lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}{alone}"]
     if standing.worst is not None:
         fallen = standing.fallen[standing.worst]
-        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.tried[standing.worst]}"))
+        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.meant[standing.worst]}"))
     for some in standing.subsets:
-        added = f"{words.count(some.added)} more fall to {', '.join(some.attacks)}"
+        left = f"{some.added.count} of the {some.added.n} left" if some.added else "none was left that"
+        added = f"{left} fell to {', '.join(some.attacks)}"
         lines.append(_cut(f"    first {some.images}: {_share(some.standing)}; {added}"))
     return lines
 

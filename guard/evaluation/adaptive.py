@@ -26,7 +26,7 @@ from guard.attacks import (
     steepest,
 )
 from guard.bundle import ScoreName
-from guard.evaluation.apgd import IMPROVING
+from guard.evaluation.apgd import slowed
 from guard.evaluation.ascent import (
     DEEP,
     Kept,
@@ -87,10 +87,10 @@ def joint(
     that ends wrong and rejected, and is halved by one that ends right, which also follows the margin alone:
     first wrong, then accepted, then back. Steps fall linearly from eps / 2 to eps / 20; `adaptive` are those
     of APGD instead, with momentum, halved after every fifth of all steps for images of which too few steps
-    were better than the one before, or none better than the best, and which then go on from their best point
-    (Croce and Hein 2020). With steps = 0 it is the high-confidence attack: the ends of the ascents alone,
-    judged. An image is left alone once it is accepted. Of failures the wrong image with the smallest excess
-    is returned.
+    were better than the one before, or, unless they were just halved, none better than the best, and which
+    then go on from their best point (Croce and Hein 2020). With steps = 0 it is the high-confidence attack:
+    the ends of the ascents alone, judged. An image is left alone once it is accepted. Of failures the wrong
+    image with the smallest excess is returned.
     """
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
     generator = np.random.default_rng(seed)
@@ -165,11 +165,11 @@ def _lower(
         momentum = np.asarray(0.75 * (ahead - here) + 0.25 * (here - before[rows]), np.float32)
         shift = project(here + momentum - images[rows], eps[rows], norm)
         before[rows], points[rows] = here, np.clip(images[rows] + shift, 0.0, 1.0)
-        raised[rows] += now > value[rows]
+        if step:
+            raised[rows] += now > value[rows]
         value[rows] = now
-        if (step + 1) % period == 0:
-            stuck = ~halved & (kept.merit <= at_last)
-            halved = (raised < IMPROVING * period) | stuck
+        if (step + 1) % period == 0 and step + 1 < steps:
+            halved = slowed(raised, period, halved, kept.merit, at_last)
             rate[halved] /= 2
             points[halved] = before[halved] = kept.images[halved]
             value[halved], at_last = kept.merit[halved], kept.merit.copy()
@@ -305,7 +305,7 @@ def evasive_carlini_wagner(
 
     min ||x' - x||² + c (max(0, -M_a) + max(0, log s / t)), a the most probable wrong class, s / t the worst
     test over its threshold, by Adam on x' = (1 + tanh w / 0.97) / 2, clipped, as in `carlini_wagner`, at a
-    rate that falls to a twentieth. c comes by `searches` of a bisection per image; each goes on from the
+    rate that falls to a fifteenth. c comes by `searches` of a bisection per image; each goes on from the
     nearest success so far, at a quarter of the rate. LIPGEN penalizes ||∇l||² of a loss it does not name. The
     logarithm has the same direction and works for every score; its gradient gets the length of the margin's,
     for beside the boundary it has no bound.

@@ -21,7 +21,7 @@ from guard.attacks import (
     steepest,
 )
 from guard.evaluation.best import Best
-from guard.evaluation.target import Classifier
+from guard.evaluation.target import Classifier, Flags
 
 AscentLoss = Literal["cross-entropy", "dlr", "margin"]
 
@@ -103,8 +103,7 @@ def _ascend(
         summit[higher], summit_gradient[higher] = here[higher], gradient[higher]
         highest, value = np.where(higher, now, highest), now
         if step in checks:
-            slow = raised < IMPROVING * (step - since)
-            halved = slow | (~halved_last & (highest == at_last))
+            halved = slowed(raised, step - since, halved_last, highest, at_last)
             rate = np.where(halved, rate / 2, rate)
             back = halved.reshape(-1, 1, 1, 1)
             here = np.where(back, summit, here)
@@ -126,6 +125,13 @@ def _ascend(
         ahead = into_ball(here + column(rate) * steepest(gradient, norm))
         mixed = here + momentum * (ahead - here) + (1 - momentum) * (here - before)
         here, before = into_ball(np.asarray(mixed, dtype=np.float32)), here
+
+
+def slowed(raised: NDArray[np.int64], steps: int, halved: Flags, highest: Values, at_last: Values) -> Flags:
+    """Whose step is to be halved (B,): of the `steps` since it was looked at last too few `raised` the value,
+    or, unless it was `halved` then, the `highest` value is what it was then.
+    """
+    return np.asarray((raised < IMPROVING * steps) | (~halved & (highest == at_last)), np.bool_)
 
 
 def checkpoints(steps: int) -> frozenset[int]:

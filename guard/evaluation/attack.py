@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal, Protocol, get_args
 
@@ -56,6 +57,12 @@ class Attack:
     aware: ScoreName | None = None
     needs: str | None = None
     unit: str = "pixel values"
+
+    @property
+    def keywords(self) -> dict[str, bool | int | float | str]:
+        """The plain settings that its function is bound to."""
+        bound = self.run.keywords if isinstance(self.run, partial) else {}
+        return {name: value for name, value in bound.items() if isinstance(value, bool | int | float | str)}
 
     @property
     def installed(self) -> bool:

@@ -15,9 +15,9 @@ from guard.decision import NORMS
 from guard.evaluation import audit, masking
 from guard.evaluation.attack import BUDGETS
 from guard.evaluation.folder import Folder
-from guard.evaluation.results import Check, Flags, RadiusAudit
-from guard.evaluation.sample import Sample, calibrated_on
-from guard.evaluation.target import Target, Values
+from guard.evaluation.results import Check, RadiusAudit
+from guard.evaluation.sample import Sample
+from guard.evaluation.target import Flags, Target, Values
 from guard.progress import Progress
 from guard.runtime import Measurement
 from guard.stages import PIECE, Arrays
@@ -28,6 +28,7 @@ RANDOM_OMEGA = 500
 MASKING = "masking.npz"
 
 LAST = ("signs of masked gradients", "audit of the radii")
+"""What a run ends with, by the names that it is outstanding under."""
 
 PROBED, PROBED_QUICK = 100, 32
 """Images that the masking checks' own attacks are run on."""
@@ -158,7 +159,7 @@ class Closing:
     @property
     def _ablates(self) -> bool:
         """Whether omega is fitted to random perturbations too."""
-        return calibrated_on(self.calibration, self.sample.dataset) and not self.quick
+        return self.sample.held_out and not self.quick
 
     def _random_fold(self) -> Labels:
         """Indices of the images that the ablation of omega is fitted to."""

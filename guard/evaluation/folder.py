@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from guard.bundle import ScoreName
 from guard.errors import DataError, UsageError
 from guard.evaluation.attack import Attack
+from guard.evaluation.report import words
 from guard.evaluation.results import (
     ARRAYS,
     RESULTS,
@@ -34,8 +34,7 @@ class Folder:
     attacks to be kept.
 
     `finished` are the attacks on accuracy, `denied` those that make clean images rejected, `left_out` the
-    reasons by name of those that could not be run, `unfinished` names those that an earlier run, or a joined
-    one, began and has not finished.
+    reasons by name of those that could not be run.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], scores: Sequence[ScoreName]) -> None:
@@ -43,12 +42,18 @@ class Folder:
         self.finished: list[Finished] = []
         self.denied: list[Finished] = []
         self.left_out: dict[str, str] = {}
-        self.unfinished: list[str] = []
+        self._begun: list[str] = []
 
     @property
     def all(self) -> list[Finished]:
         """Everything finished."""
         return [*self.finished, *self.denied]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Attacks that another run finished at some budgets and was stopped before others, with these."""
+        done = {words.attack(one.result) for one in self.all}
+        return [left for left in self._begun if left not in done]
 
     def take_up(self, joined: Sequence[Path], twin: str | None) -> None:
         """Takes finished attacks from this folder and the joined ones.
@@ -121,16 +126,14 @@ class Folder:
                 into.append(finished)
                 taken.append(finished)
         names = {one.result.name for one in self.all}
-        begun = {one.result.name for one in taken}.intersection(results.outstanding)
-        whole = {one.name for one in (*results.attacks, *results.over_rejection)} - set(results.outstanding)
-        self.unfinished = [*(name for name in self.unfinished if name not in whole), *sorted(begun)]
+        self._begun += [left for left in results.outstanding if left.partition(" ")[0] in names]
         left_out = {one.name: one.reason for one in results.left_out} | self.left_out
         self.left_out = {name: reason for name, reason in left_out.items() if name not in names}
         return taken
 
     def compare(self, attack: Attack, before: AttackResult) -> None:
         """Raises `UsageError` where a finished attack of this name has other settings."""
-        for name, value in keywords(attack.run).items():
+        for name, value in attack.keywords.items():
             if before.settings.get(name) != value:
                 raise UsageError(
                     f"--out {self.path}: holds {attack.name} with other {name}: "
@@ -156,15 +159,6 @@ class Folder:
         """Writes the arrays of one of its files, whole or not at all."""
         with atomic_open(self.path / name) as stream:
             np.savez(stream, allow_pickle=False, **arrays)
-
-
-def keywords(run: object) -> dict[str, Any]:
-    """The plain settings that an attack's function is bound to."""
-    if not isinstance(run, partial):
-        return {}
-    return {
-        name: value for name, value in run.keywords.items() if isinstance(value, bool | int | float | str)
-    }
 
 
 def _short(value: object) -> str:

@@ -6,6 +6,7 @@ Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5. `probe
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +19,19 @@ from guard.stages import Arrays
 STEPS = (1, 5, 20, 80)
 UNBOUNDED_STEPS = 80
 DRAWS = 100
-BLACK_BOXES: dict[str, tuple[Knowledge, ...]] = {
-    "search by queries": ("scores", "decisions"),
-    "transfer": ("another network",),
+
+
+class BlackBox(NamedTuple):
+    """A kind of attack that sees no gradient of the model's: what it knows, and what of a command adds it."""
+
+    knows: tuple[Knowledge, ...]
+    adds: str
+
+
+BLACK_BOXES = {
+    "search by queries": BlackBox(("scores", "decisions"), "the group decision"),
+    "transfer": BlackBox(("another network",), "--twin"),
 }
-"""Attacks that see no gradient of the model's; each kind is judged on the images that it was run on."""
 
 TOLERANCE = 0.01
 """Share of images that an attack may win over another by luck: one image, or one in a hundred."""
@@ -178,7 +187,7 @@ def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) 
         if one.result.aware is None and one.result.norm == norm and one.result.budget in (None, eps)
     ]
     white = [one for one in plain if one.result.knowledge == "gradients"]
-    black = [one for one in plain if one.result.knowledge in BLACK_BOXES[kind]]
+    black = [one for one in plain if one.result.knowledge in BLACK_BOXES[kind].knows]
     rows = np.intersect1d(_rows(white), _rows(black))
     expected = f"{kind} breaks no image within {eps:.4g} that gradients do not"
     name = f"gradients beat {kind}, {norm}"
@@ -187,8 +196,8 @@ def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) 
             name=name,
             verdict="not run",
             expected=expected,
-            found="no attacks of both kinds at this budget, or to the nearest image, on the same images; the "
-            "group decision adds queries, --twin transfer",
+            found="no attacks of both kinds at this budget, or to the nearest image, on the same images; "
+            f"{BLACK_BOXES[kind].adds} adds it",
         )
     by_gradients = np.isin(rows, _broken(white, norm, eps))
     by_black_box = np.isin(rows, _broken(black, norm, eps))

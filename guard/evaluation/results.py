@@ -120,9 +120,10 @@ class AttackResult(Record):
 
 
 class Subset(Record):
-    """Of the first `images`, on which `attacks` were run too: what stands under these and those run on more
-    images, what is accepted and right without attack, and what stands `alone`, without the detector. `added`
-    is the share that `attacks` brought down of those that the others left standing; None: they left none.
+    """Of the first `images`, on which `attacks` were run too: what stands under these and all others that
+    were run on so many, what is accepted and right without attack, and what stands `alone`, without the
+    detector. `added` is the share that `attacks` brought down of those that the others left standing; None:
+    they left none.
     """
 
     images: int
@@ -138,7 +139,7 @@ class Standing(Record):
     clean, and for which no attack of the run found an accepted image of another class within the budget.
 
     `clean` is the share that is accepted and right without attack. `fallen` counts, by attack, the images
-    that it brought down, whatever others did, and `tried` those accepted and right that it was meant for;
+    that it brought down, whatever others did, and `meant` those accepted and right that it was meant for;
     `worst` brought down the largest share of them. `alone` is what stands without the detector: images that
     are right, and for which no attack found one of another class, accepted or not. Where dear attacks were
     run on fewer images, all of this counts the rest as if they had failed there; `subsets`, largest first,
@@ -152,7 +153,7 @@ class Standing(Record):
     clean: Share
     worst: str | None
     fallen: dict[str, int]
-    tried: dict[str, int]
+    meant: dict[str, int]
     alone: Share | None = None
     subsets: list[Subset] = Field(default_factory=list)
 
@@ -198,8 +199,8 @@ class Results(Record):
     """`results.json`.
 
     `bundle` holds `name` and `digest`, and may hold `class_names` and `thresholds` by score; `data` holds
-    `name`. `outstanding` names the attacks that the run has not finished and what it ends with; empty: it is
-    finished.
+    `name`. `outstanding` names the attacks that the run has not finished, with their budgets, and what it
+    ends with; empty: it is finished.
     """
 
     schema_version: Literal[1] = 1
@@ -224,18 +225,20 @@ class Results(Record):
     radii: list[RadiusAudit] = Field(default_factory=list)
     provenance: dict[str, Any]
 
-    def sought(self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None) -> bool:
+    def sought(
+        self, norm: Norm, budget: float | None = None, *, aware: ScoreName | None = None, on_all: bool = True
+    ) -> bool:
         """Whether an attack looked for the nearest image in a norm or, given a budget, was run at this one.
 
         Otherwise the smallest distances found are those of attacks that stopped elsewhere, and say nothing;
-        so are those of images that an attack on the first ones only was not run on.
+        so an attack on the first images only does not count, but where it need not be `on_all`.
         Counted are attacks on the classifier alone or, with `aware`, those that know this score.
         """
         return any(
             one.norm == norm
             and one.aware == aware
             and one.knowledge != "nothing"
-            and one.settings.get("images", self.images) >= self.images
+            and (not on_all or one.settings.get("images", self.images) >= self.images)
             and (one.budget is None or (budget is not None and same(one.budget, budget)))
             for one in self.attacks
         )

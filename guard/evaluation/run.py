@@ -28,8 +28,9 @@ from guard.errors import BundleError, DataError, UsageError
 from guard.evaluation import standing
 from guard.evaluation.attack import BUDGETS, Attack, Task
 from guard.evaluation.closing import LAST, Closing
-from guard.evaluation.folder import Folder, keywords
+from guard.evaluation.folder import Folder
 from guard.evaluation.judging import judged, measured_at, within_range
+from guard.evaluation.report import words
 from guard.evaluation.results import (
     ATTACKS_FOLDER,
     CLEAN,
@@ -48,7 +49,7 @@ from guard.evaluation.results import (
     share,
     summary,
 )
-from guard.evaluation.sample import Sample, calibrated_on
+from guard.evaluation.sample import Sample
 from guard.evaluation.served import JUDGED
 from guard.evaluation.target import Flags, Target
 from guard.files import locked, provenance, write_bytes
@@ -155,8 +156,7 @@ class _Run:
         served = self.calibration.score
         self.scores: list[ScoreName] = list(dict.fromkeys((served, *settings.scores)))
         self.sample = Sample.draw(dataset, self.found, self.calibration, settings.images, settings.seed)
-        self.same_data = calibrated_on(self.calibration, dataset)
-        if not self.same_data:
+        if not self.sample.held_out:
             if len(self.scores) > 1:
                 raise UsageError(
                     f"{dataset.name} is not the data that {self.found.path} was calibrated on, so that other "
@@ -193,8 +193,6 @@ class _Run:
         for key in asked.keys() & done.keys():
             self.folder.compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
-        names = {name for name, _ in asked}
-        self.folder.unfinished = [name for name in self.folder.unfinished if name not in names]
         self.alone = len({task.attack.name for task in tasks}) == 1
         for attack in {task.attack.name: task.attack for task in left}.values():
             self.folder.left_out.pop(attack.name, None)
@@ -216,7 +214,7 @@ class _Run:
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
             for at, task in enumerate(left):
-                self._write([*(later.attack.name for later in left[at:]), *LAST])
+                self._write([*map(_outstanding, left[at:]), *LAST])
                 self._attack(task, progress)
             if left:
                 self._write(LAST)
@@ -360,9 +358,8 @@ class _Run:
             return arrays | {"seconds": np.array([time.perf_counter() - started])}
 
         twin = {"twin": self.twin} if attack.knowledge == "another network" else {}
-        bound_to = keywords(attack.run)
         with self.folder.stages(
-            task.name, progress, passes=attack.passes, keywords=bound_to, **twin
+            task.name, progress, passes=attack.passes, keywords=attack.keywords, **twin
         ) as stages:
             size = max(4, min(PIECE, PIECE_PASSES // max(1, attack.passes)))
             try:
@@ -382,7 +379,7 @@ class _Run:
                 "unconfirmed": unconfirmed,
                 "command": self.command,
                 **twin,
-                **bound_to,
+                **attack.keywords,
             }
             result = self._result(task, arrays, lost, seconds, details)
             self.folder.save(result.file, arrays)
@@ -471,10 +468,10 @@ class _Run:
                 "name": dataset.name,
                 "digest": dataset.digest,
                 "n": len(dataset),
-                "fold": "report" if self.same_data else "all",
+                "fold": "report" if self.sample.held_out else "all",
             },
             settings={
-                "identity": self._identity(),
+                "identity": self.folder.identity,
                 "budgets": {norm: list(values) for norm, values in budgets.items()},
                 "seed": settings.seed,
                 "quick": settings.quick,
@@ -517,6 +514,10 @@ class _Run:
             total,
             duration(each * total),
         )
+
+
+def _outstanding(task: Task) -> str:
+    return words.attack_at(task.attack.name, task.budget, task.attack.norm)
 
 
 def hardware(model: object, threads: int) -> str:

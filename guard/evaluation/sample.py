@@ -14,12 +14,16 @@ from guard.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of a dataset, in the order they are attacked: their indices and true classes, both (N,)."""
+    """Images of a dataset, in the order they are attacked: their indices and true classes, both (N,).
+
+    `held_out`: the model was calibrated on this dataset, and they are of its report fold.
+    """
 
     dataset: Dataset
     index: Labels
     labels: Labels
     seed: int
+    held_out: bool
 
     @classmethod
     def draw(
@@ -37,8 +41,9 @@ class Sample:
                 f"{dataset.name}: has no labels; attacks lead away from the true classes. Give a folder with "
                 "one sub-folder per class, or an .npz file with y_test."
             )
+        held_out = calibration.data.get("digest") == dataset.digest
         fold = np.arange(len(dataset))
-        if calibrated_on(calibration, dataset):
+        if held_out:
             fold = data.folds(len(dataset), calibration.seed)["report"]
         index = np.random.default_rng([seed, 2]).permutation(fold)[:count]
         if len(index) < 2:
@@ -46,7 +51,7 @@ class Sample:
                 f"{dataset.name}: {len(index)} of its images would be evaluated; expected at least 2. "
                 "Give more images, or --images a larger number."
             )
-        return cls(dataset, index, dataset.labels[index], seed)
+        return cls(dataset, index, dataset.labels[index], seed, held_out)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,11 +63,6 @@ class Sample:
     def piece_seed(self, name: str, part: Labels) -> int:
         """Of a piece of an attack's images: attacks that shared one would start at the same points."""
         return zlib.crc32(f"{self.seed} {name} {part[0]}".encode())
-
-
-def calibrated_on(calibration: Calibration, dataset: Dataset) -> bool:
-    """Whether these are the images of the calibration."""
-    return calibration.data.get("digest") == dataset.digest
 
 
 def _check(dataset: Dataset, found: Bundle) -> None:

@@ -64,8 +64,8 @@ def _standing(
             fewer.add(result.name)
     subsets = []
     for count in sorted({images[name] for name in fewer}, reverse=True):
-        more = [name for name in images if images[name] > count]
         here = sorted(name for name in fewer if images[name] == count)
+        more = [name for name in images if images[name] >= count and name not in here]
         before = _left(taken, fell, more)[:count]
         after = _left(taken, fell, [*more, *here])[:count]
         subsets.append(
@@ -79,10 +79,10 @@ def _standing(
             )
         )
     fallen = {name: int((flags & taken).sum()) for name, flags in fell.items()}
-    tried = {name: int(taken[: images[name]].sum()) for name in fell}
+    meant = {name: int(taken[: images[name]].sum()) for name in fell}
     ranked = sorted(
         (name for name in fallen if fallen[name]),
-        key=lambda name: (-fallen[name] / tried[name], -fallen[name], name),
+        key=lambda name: (-fallen[name] / meant[name], -fallen[name], name),
     )
     return Standing(
         score=score,
@@ -92,7 +92,7 @@ def _standing(
         clean=share(taken),
         worst=next(iter(ranked), None),
         fallen={name: fallen[name] for name in ranked},
-        tried={name: tried[name] for name in ranked},
+        meant=meant,
         alone=share(_left(right, wrong, wrong)),
         subsets=subsets,
     )

@@ -70,7 +70,7 @@ def attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> tuple[Att
     """Attacks made on the twin: `transfer-NORM`, which knows nothing of the target, and for every score one
     that tries several and keeps what the target accepts. Costs are passes of the twin.
     """
-    attacks = []
+    found = []
     for norm in get_args(Norm):
         for score in (None, *scores):
 
@@ -86,7 +86,7 @@ def attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> tuple[Att
                 eps = bound(budget)
                 return transfer(twin, target, images, labels, eps, norm=norm, score=score, seed=seed)
 
-            attacks.append(
+            found.append(
                 Attack(
                     name=f"transfer-{norm}" if score is None else named("transfer-accepted", score, norm),
                     title="Transfer" if score is None else f"Transfer, keeping what {score} accepts",
@@ -99,4 +99,4 @@ def attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> tuple[Att
                     aware=score,
                 )
             )
-    return tuple(attacks)
+    return tuple(found)

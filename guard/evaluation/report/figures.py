@@ -73,7 +73,11 @@ def _errors(
         return None
     low = max(_FLOOR, float(np.quantile(positive[positive > 0], 0.01)))
     # Beyond the largest budget, where nothing looked for the nearest image, only other norms' attacks lie.
-    high = max(budgets) if budgets and not evaluation.results.sought(norm) else float(positive.max())
+    high = (
+        max(budgets)
+        if budgets and not evaluation.results.sought(norm, on_all=False)
+        else float(positive.max())
+    )
     if stability is not None:
         high = max(high, _reach(stability))
     across = plots.logarithmic(low, max(high, 2 * low), f"distance, {norm}")

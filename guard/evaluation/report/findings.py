@@ -74,8 +74,7 @@ def gaps(evaluation: Evaluation, *, named: bool = False) -> list[str]:
     results = evaluation.results
     said = []
     if missing := not_run(evaluation):
-        on = f" on {name(evaluation)}" if named else ""
-        said.append(f"Attacks not run{on}: {', '.join(missing)}. What they would find is unknown.")
+        said.append(f"Attacks not run: {', '.join(missing)}. What they would find is unknown.")
     fewer: dict[int, dict[str, None]] = {}
     for one in (*results.attacks, *results.over_rejection):
         count = int(one.settings.get("images", results.images))
@@ -89,7 +88,7 @@ def gaps(evaluation: Evaluation, *, named: bool = False) -> list[str]:
         )
     if refused := [f"{one.name} ({one.reason})" for one in results.left_out]:
         said.append(f"Asked for and left out: {'; '.join(refused)}")
-    return said
+    return [f"{name(evaluation)}: {sentence}" for sentence in said] if named else said
 
 
 def false_alarms(evaluation: Evaluation) -> list[list[str]]:
@@ -110,7 +109,7 @@ def headline(evaluation: Evaluation) -> list[str]:
     if results.outstanding:
         said.append(
             f"The run is not finished: outstanding are {', '.join(results.outstanding)}. Attacks that are "
-            "missing would leave less standing. The same command goes on from here."
+            "missing would leave less standing. The command that began them goes on from here."
         )
     for norm in ("l2", "linf"):
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
@@ -136,15 +135,15 @@ def headline(evaluation: Evaluation) -> list[str]:
 
 def added(stands: Sequence[Standing]) -> list[str]:
     """What dear attacks, run on fewer images, brought down of those that others left: by subset."""
-    found: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    found: dict[int, list[str]] = {}
     for one in stands:
         for some in one.subsets:
-            said = f"at {words.size(one.budget, one.norm)} {words.count(some.added)}"
-            found.setdefault((some.images, tuple(some.attacks)), []).append(said)
+            if some.added:
+                said = f"{words.count(some.added)} at {words.size(one.budget, one.norm)}"
+                found.setdefault(some.images, []).append(said)
     return [
-        f"On the first {images} images ran {', '.join(attacks)} too, and brought down, of those that other "
-        f"attacks left, {', '.join(counts)}."
-        for (images, attacks), counts in found.items()
+        f"On the first {images} images dear attacks brought down, of those others left, {', '.join(said)}."
+        for images, said in found.items()
     ]
 
 
@@ -187,7 +186,7 @@ def unknowing(results: Results, score: ScoreName) -> str:
         missing = [
             words.at(one.budget, one.norm)
             for one in results.standing
-            if one.score == score and not results.sought(one.norm, one.budget, aware=score)
+            if one.score == score and not results.sought(one.norm, one.budget, aware=score, on_all=False)
         ]
         if not missing:
             return ""
@@ -245,10 +244,10 @@ def worst(standing: Standing) -> str:
     """The attack that brought the largest share of its images down, and how many of how many."""
     if standing.worst is None:
         return words.MISSING
-    fallen, tried = brought_down(standing, standing.worst)
-    return f"{standing.worst} ({fallen} of {tried})"
+    fallen, meant = brought_down(standing, standing.worst)
+    return f"{standing.worst} ({fallen} of {meant})"
 
 
 def brought_down(standing: Standing, attack: str) -> tuple[int, int]:
     """How many images an attack brought down by itself, and of how many."""
-    return standing.fallen.get(attack, 0), standing.tried.get(attack, standing.clean.count)
+    return standing.fallen.get(attack, 0), standing.meant.get(attack, standing.clean.count)

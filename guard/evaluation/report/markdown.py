@@ -35,10 +35,7 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     ]
     if rows := findings.subsets(both):
         head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
-        lines += [
-            "",
-            "The first images, on which dear attacks were run too; above they count as failed on others:",
-        ]
+        lines += ["", "Dear attacks, on the first images; above, they count as failed on the others:"]
         lines += ["", *_table(head, rows)]
     if results.checks:
         rows = [[one.name, one.verdict, one.expected, one.found] for one in results.checks]

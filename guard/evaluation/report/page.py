@@ -238,8 +238,8 @@ def _fallen(evaluation: Evaluation) -> str:
 
 
 def _brought_down(standing: Standing, name: str) -> str:
-    fallen, tried = findings.brought_down(standing, name)
-    return str(fallen) if tried == standing.clean.count else f"{fallen} of {tried}"
+    fallen, meant = findings.brought_down(standing, name)
+    return str(fallen) if meant == standing.clean.count else f"{fallen} of {meant}"
 
 
 def _checks(evaluation: Evaluation) -> str:

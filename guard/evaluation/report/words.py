@@ -97,7 +97,12 @@ def at(budget: float | None, norm: str | None) -> str:
 
 def attack(result: AttackResult) -> str:
     """An attack by its name and budget."""
-    return result.name if result.budget is None else f"{result.name} {size(result.budget, result.norm)}"
+    return attack_at(result.name, result.budget, result.norm)
+
+
+def attack_at(name: str, budget: float | None, norm: str | None) -> str:
+    """An attack's name and a budget."""
+    return name if budget is None else f"{name} {size(budget, norm)}"
 
 
 def success(result: AttackResult) -> str:
