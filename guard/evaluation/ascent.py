@@ -88,6 +88,11 @@ class Kept:
         self.images[rows[better]], self.merit[rows[better]] = points[better], merit[better]
         self.success[rows[better]] = success[better]
 
+    def found(self, images: Floats, norm: Norm) -> Found:
+        """The attack's outcome on the images (B, C, H, W) it began with."""
+        distance = np.where(self.success, length(self.images - images, norm), np.inf)
+        return Found(self.images, self.success, distance, self.passes)
+
 
 def margin_of(logits: Floats, classes: Labels) -> Values:
     """z_a - max_{i≠a} z_i (B,) of classes a (B,)."""
@@ -151,12 +156,10 @@ def confirmed(
     target: Target, images: Floats, labels: Labels, kept: Kept, score: ScoreName, norm: Norm
 ) -> Found:
     """What was found, judged once more in the batch it is returned in: digits may hang on the batch."""
-    success = kept.success.copy()
-    rows = np.flatnonzero(success)
+    rows = np.flatnonzero(kept.success)
     if len(rows):
-        success[rows] = judge(target, kept.images[rows], labels[rows], score).success
-    distance = np.where(success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, success, distance, kept.passes)
+        kept.success[rows] = judge(target, kept.images[rows], labels[rows], score).success
+    return kept.found(images, norm)
 
 
 def nearest_passes(steps: int, bisections: int = BISECTIONS) -> int:

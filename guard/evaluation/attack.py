@@ -12,7 +12,10 @@ from guard.evaluation.target import Target
 
 Knowledge = Literal["gradients", "scores", "decisions", "another network", "nothing"]
 
-BLACK_BOX: tuple[Knowledge, ...] = ("scores", "decisions", "another network")
+QUERIES: tuple[Knowledge, ...] = ("scores", "decisions")
+"""What attacks by queries know."""
+
+BLACK_BOX: tuple[Knowledge, ...] = (*QUERIES, "another network")
 """What attacks know that see no gradient of the model's."""
 
 SCORES: tuple[ScoreName, ...] = get_args(ScoreName)

@@ -4,7 +4,7 @@ from typing import get_args
 
 import numpy as np
 
-from guard.attacks import Floats, Found, Labels, Norm, falling, length, minimum_norm, project
+from guard.attacks import Floats, Found, Labels, Norm, falling, minimum_norm, project
 from guard.bundle import ScoreName
 from guard.evaluation.ascent import Kept, moved, nearest_passes
 from guard.evaluation.attack import SCORES, Attack, knowing
@@ -57,8 +57,7 @@ def deny(
     rows = np.flatnonzero(kept.success)
     if len(rows):
         kept.success[rows] = ~target.verdict(kept.images[rows], score).accepted
-    distance = np.where(kept.success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, kept.success, distance, kept.passes)
+    return kept.found(images, norm)
 
 
 ATTACKS: tuple[Attack, ...] = tuple(

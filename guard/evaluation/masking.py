@@ -12,7 +12,7 @@ import numpy as np
 
 from guard import attacks
 from guard.attacks import Differentiable, Floats, Labels, Norm, column, misclassified, random_directions
-from guard.evaluation.attack import Knowledge
+from guard.evaluation.attack import QUERIES, Knowledge
 from guard.evaluation.results import Check, Finished, Flags
 from guard.stages import Arrays
 
@@ -29,7 +29,7 @@ class BlackBox(NamedTuple):
 
 
 BLACK_BOXES = {
-    "search by queries": BlackBox(("scores", "decisions"), "the group decision"),
+    "search by queries": BlackBox(QUERIES, "the group decision"),
     "transfer": BlackBox(("another network",), "--twin"),
 }
 

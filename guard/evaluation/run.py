@@ -26,7 +26,7 @@ from guard.data import Dataset
 from guard.decision import Guard
 from guard.errors import BundleError, DataError, UsageError
 from guard.evaluation import standing
-from guard.evaluation.attack import BUDGETS, Attack, Task
+from guard.evaluation.attack import BUDGETS, QUERIES, Attack, Task
 from guard.evaluation.closing import LAST, Closing
 from guard.evaluation.folder import Folder
 from guard.evaluation.judging import judged, measured_at, within_range
@@ -90,7 +90,7 @@ class Settings:
 
     def count(self, attack: Attack) -> int:
         """Images for an attack, right and wrong ones."""
-        if attack.knowledge in ("scores", "decisions"):
+        if attack.knowledge in QUERIES:
             return min(self.images, self.query_images)
         return min(self.images, self.dear_images) if attack.passes >= DEAR else self.images
 

@@ -19,7 +19,7 @@ from guard.evaluation import (
     transfer,
     unseen,
 )
-from guard.evaluation.attack import Attack
+from guard.evaluation.attack import QUERIES, Attack
 from guard.evaluation.target import Classifier
 
 MODULES = (gradient, adaptive, libraries, unseen, controls, over_http, top_five)
@@ -86,7 +86,7 @@ def over_rejection() -> tuple[Attack, ...]:
 
 def belongs(attack: Attack, group: Group) -> bool:
     """Whether the attack is one of the group's."""
-    queries = attack.knowledge in ("scores", "decisions")
+    queries = attack.knowledge in QUERIES
     adaptive = attack.aware is not None or attack.knowledge == "another network"
     top5 = attack.name.startswith("top5-")
     plain = attack.knowledge == "gradients" and attack.norm is not None and not adaptive and not top5

@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from guard.attacks import Floats, Found, Labels, Norm, length, misclassified, others
+from guard.attacks import Floats, Found, Labels, Norm, misclassified, others
 from guard.bundle import ScoreName
 from guard.evaluation.ascent import (
     DEEP,
@@ -62,8 +62,7 @@ def transfer(
             kept.offer(rows, points, judged.success, merit(judged, logits, others(logits, labels[rows])))
     if score is not None:
         return confirmed(target, images, labels, kept, score, norm)
-    distance = np.where(kept.success, length(kept.images - images, norm), np.inf)
-    return Found(kept.images, kept.success, distance, kept.passes)
+    return kept.found(images, norm)
 
 
 def attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> tuple[Attack, ...]:

@@ -208,8 +208,8 @@ def _subsets(both: Sequence[Evaluation]) -> str:
     head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
     note = (
         '<p class="muted">Above, dear attacks count as failed where they were not run. Here all '
-        "figures are of those that they were run on: how many they brought down of what attacks on more "
-        "images had left standing, and what stands in all. The first images may be harder or easier than the "
+        "figures are of those that they were run on: how many they brought down of what the others "
+        "had left standing, and what stands in all. The first images may be harder or easier than the "
         "rest, so that only figures of the same images compare.</p>"
     )
     return _table("The first images, on which dear attacks were run too", head, rows) + note
