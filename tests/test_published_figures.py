@@ -41,8 +41,8 @@ def median(found: Summary, digits: int) -> str:
     return f"{found.median:.{digits}f} ({ends})"
 
 
-def attack(results: Results, name: str) -> AttackResult:
-    (found,) = [one for one in results.attacks if one.name == name and one.budget is None]
+def attack(results: Results, name: str, budget: float | None = None) -> AttackResult:
+    (found,) = [one for one in results.attacks if one.name == name and one.budget == budget]
     return found
 
 
@@ -86,15 +86,10 @@ def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None
 
 
 def test_what_is_rejected_of_careless_attacks(readme: str, evaluations: list[Results]) -> None:
-    nearest, deep = (
-        one.detection["jacobian"].rejected
-        for name, budget in (("fmn-l2", None), ("pgd-deep-l2", 0.5))
-        for one in evaluations[0].attacks
-        if one.name == name and one.budget == budget
-    )
+    attacks = attack(evaluations[0], "fmn-l2"), attack(evaluations[0], "pgd-deep-l2", 0.5)
     said = [
         f"{100 * one.value:.0f}% {{}}({100 * one.lower:.1f}-{100 * one.upper:.1f}%, n = {one.n})"
-        for one in (nearest, deep)
+        for one in (found.detection[evaluations[0].served].rejected for found in attacks)
     ]
     assert f"minimum-norm ones are rejected in {said[0].format('of cases ')}" in readme
     assert f"PGD that goes on to the end of a budget of 0.5 in {said[1].format('')}" in readme

@@ -378,14 +378,14 @@ def _alpha(alpha: float | None) -> str:
 
 
 def _standing_lines(standing: "Standing") -> list[str]:
-    from guard.evaluation.report import words
+    from guard.evaluation.report import findings, words
 
     name = f"{standing.score} {words.at(standing.budget, standing.norm)}"
     alone = f", alone {standing.alone.value:.1%}" if standing.alone else ""
     lines = [f"  {name:28s} {_share(standing.standing)}, clean {standing.clean.value:.1%}{alone}"]
     if standing.worst is not None:
-        fallen = standing.fallen[standing.worst]
-        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {standing.meant[standing.worst]}"))
+        fallen, meant = findings.brought_down(standing, standing.worst)
+        lines.append(_cut(f"    most fall to {standing.worst}: {fallen} of {meant}"))
     for some in standing.subsets:
         left = f"{some.added.count} of the {some.added.n} left" if some.added else "none was left that"
         added = f"{left} fell to {', '.join(some.attacks)}"

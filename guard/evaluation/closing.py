@@ -9,7 +9,7 @@ import numpy as np
 
 from guard import data
 from guard.attacks import Labels, Norm
-from guard.bundle import Bundle, Calibration
+from guard.bundle import Bundle
 from guard.certificate import OmegaTable
 from guard.decision import NORMS
 from guard.evaluation import audit, masking
@@ -45,7 +45,6 @@ class Closing:
     folder: Folder
     target: Target
     found: Bundle
-    calibration: Calibration
     sample: Sample
     right: Flags
     budgets: Mapping[Norm, tuple[float, ...]]
@@ -99,7 +98,7 @@ class Closing:
 
     def radii(self, progress: Progress) -> list[RadiusAudit]:
         """Radii against every attack of the run, and against attacks started inside them."""
-        guard = self.target.guards[self.calibration.score]
+        guard = self.target.guards[self.found.calibrated().score]
         rows = np.arange(len(self.sample))
         nearest = {norm: self._nearest(norm) for norm in NORMS}
         random: dict[Norm, OmegaTable] = {}
@@ -124,7 +123,7 @@ class Closing:
     def _aimed(self, norm: Norm, progress: Progress) -> Values:
         """Nearest of the attacks aimed at radii."""
         restarts = self._restarts
-        guard = self.target.guards[self.calibration.score]
+        guard = self.target.guards[self.found.calibrated().score]
 
         def piece(part: Labels) -> Arrays:
             images = self.sample.pixels(part)
@@ -163,7 +162,7 @@ class Closing:
 
     def _random_fold(self) -> Labels:
         """Indices of the images that the ablation of omega is fitted to."""
-        fold = data.folds(len(self.sample.dataset), self.calibration.seed)["radii"]
+        fold = data.folds(len(self.sample.dataset), self.found.calibrated().seed)["radii"]
         return np.random.default_rng([self.sample.seed, 3]).permutation(fold)[:RANDOM_OMEGA]
 
     def _kept_remainders(self, norm: Norm) -> Arrays:

@@ -45,7 +45,6 @@ from guard.evaluation.results import (
     RadiusAudit,
     Results,
     detection,
-    load_arrays,
     share,
     summary,
 )
@@ -155,7 +154,7 @@ class _Run:
         self.policy = Policy.from_environment()
         served = self.calibration.score
         self.scores: list[ScoreName] = list(dict.fromkeys((served, *settings.scores)))
-        self.sample = Sample.draw(dataset, self.found, self.calibration, settings.images, settings.seed)
+        self.sample = Sample.draw(dataset, self.found, settings.images, settings.seed)
         if not self.sample.held_out:
             if len(self.scores) > 1:
                 raise UsageError(
@@ -204,7 +203,6 @@ class _Run:
             self.folder,
             self.target,
             self.found,
-            self.calibration,
             self.sample,
             self.clean["right"],
             self.settings.budgets,
@@ -273,15 +271,9 @@ class _Run:
         return found
 
     def _clean(self, *, silent: bool) -> Arrays:
-        path = self.folder.path / CLEAN_FILE
         names = [f"{what}_{score}" for score in self.scores for what in ("accepted", "ratio")]
-        if path.is_file():
-            arrays = load_arrays(path, (*CLEAN, *names))
-        else:
-
-            def piece(rows: Labels) -> Arrays:
-                return self._clean_piece(rows)
-
+        arrays = self.folder.kept(CLEAN_FILE, *CLEAN, *names)
+        if not arrays:
             rows = np.arange(len(self.sample))
             with (
                 Progress(len(rows), "clean images", silent=silent) as progress,
@@ -291,7 +283,7 @@ class _Run:
                     "index": self.sample.index,
                     "label": self.sample.labels,
                     "image": self.sample.pixels(rows[:GALLERY]),
-                    **stages.run("clean", rows, piece),
+                    **stages.run("clean", rows, self._clean_piece),
                 }
                 self.folder.save(CLEAN_FILE, arrays)
         return arrays | {"right": arrays["logits"].argmax(axis=1) == self.sample.labels}

@@ -7,7 +7,7 @@ import numpy as np
 
 from guard import data
 from guard.attacks import Floats, Labels
-from guard.bundle import Bundle, Calibration
+from guard.bundle import Bundle
 from guard.data import Dataset
 from guard.errors import DataError
 
@@ -26,14 +26,12 @@ class Sample:
     held_out: bool
 
     @classmethod
-    def draw(
-        cls, dataset: Dataset, found: Bundle, calibration: Calibration, count: int, seed: int
-    ) -> "Sample":
+    def draw(cls, dataset: Dataset, found: Bundle, count: int, seed: int) -> "Sample":
         """At most `count` images: of the calibration's report fold where it was calibrated on this dataset,
         else of all.
 
         Raises `DataError` for data without labels, of another shape than the bundle's input, too few, or
-        that the model was trained on.
+        that the model was trained on; `BundleError` for a bundle that is not calibrated.
         """
         _check(dataset, found)
         if dataset.labels is None:
@@ -41,6 +39,7 @@ class Sample:
                 f"{dataset.name}: has no labels; attacks lead away from the true classes. Give a folder with "
                 "one sub-folder per class, or an .npz file with y_test."
             )
+        calibration = found.calibrated()
         held_out = calibration.data.get("digest") == dataset.digest
         fold = np.arange(len(dataset))
         if held_out:

@@ -147,11 +147,14 @@ def added(stands: Sequence[Standing]) -> list[str]:
     ]
 
 
-def subsets(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """A row per score, budget and subset of images that dear attacks were run on."""
-    return [
+def subsets(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """The heads of a table, and a row per score, budget and subset of images that dear attacks were run on;
+    of several evaluations the model's name comes first.
+    """
+    several = len(evaluations) > 1
+    rows = [
         [
-            *([name(evaluation)] if len(evaluations) > 1 else []),
+            *[name(evaluation)] * several,
             f"{one.score}, {words.at(one.budget, one.norm)}",
             f"first {some.images}",
             ", ".join(some.attacks),
@@ -164,18 +167,8 @@ def subsets(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         for one in evaluation.results.standing
         for some in one.subsets
     ]
-
-
-SUBSETS = (
-    "score, budget",
-    "images",
-    "attacks",
-    "brought down of those left",
-    "under attack",
-    "without attack",
-    "without the detector",
-)
-"""The heads of `subsets`."""
+    heads = ["score, budget", "images", "attacks", "brought down of those left", "under attack"]
+    return [*["model"] * several, *heads, "without attack", "without the detector"], rows
 
 
 def unknowing(results: Results, score: ScoreName) -> str:

@@ -33,8 +33,8 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
         "",
         *_table(["score, budget", *names, "without attack", "worst attack (images)"], _standing(both)),
     ]
-    if rows := findings.subsets(both):
-        head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
+    head, rows = findings.subsets(both)
+    if rows:
         lines += ["", "Dear attacks, on the first images; above, they count as failed on the others:"]
         lines += ["", *_table(head, rows)]
     if results.checks:

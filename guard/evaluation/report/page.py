@@ -202,10 +202,9 @@ def _standing(both: Sequence[Evaluation]) -> str:
 
 def _subsets(both: Sequence[Evaluation]) -> str:
     """What stands of the first images, on which dear attacks were run too."""
-    rows = findings.subsets(both)
+    head, rows = findings.subsets(both)
     if not rows:
         return ""
-    head = ["model"] * (len(both) > 1) + list(findings.SUBSETS)
     note = (
         '<p class="muted">Above, dear attacks count as failed where they were not run. Here all '
         "figures are of those that they were run on: how many they brought down of what the others "
