@@ -48,6 +48,7 @@ class Progress:
         self.total = max(0, int(total))
         self.label = label
         self.count = 0
+        self._free = 0
         self._note = ""
         self._silent = silent
         self._stream = stream
@@ -76,9 +77,14 @@ class Progress:
             self._stream.write("\n")
             self._stream.flush()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """Counts `n` further steps; `note` (a loss, a file name) ends the line until the next one."""
+    def advance(self, n: int = 1, note: str = "", *, free: bool = False) -> None:
+        """Counts `n` further steps; `note` (a loss, a file name) ends the line until the next one.
+
+        Steps that took no work, because an earlier run did it or none was needed, are `free`: they count in
+        how far the work is, not in how fast it goes.
+        """
         self.count += n
+        self._free += n * free
         self._note = note or self._note
         now = self._clock()
         if now - self._written >= (_TERMINAL_INTERVAL if self._terminal else _PLAIN_INTERVAL):
@@ -92,8 +98,9 @@ class Progress:
         if self._terminal:
             filled = int(_BAR * share)
             parts[0] = f"[{'#' * filled}{'-' * (_BAR - filled)}] {parts[0]}"
-        if self.count and elapsed > 0:
-            rate = self.count / elapsed
+        worked = self.count - self._free
+        if worked and elapsed > 0:
+            rate = worked / elapsed
             parts.append(f"{rate:.3g}/s" if rate < 1000 else f"{rate:.0f}/s")
             parts.append(f"ETA {duration(max(0, self.total - self.count) / rate)}")
         parts.append(self._note)

@@ -67,12 +67,13 @@ class Stages:
             piece = indices[start : start + size]
             file = self.folder / f"{name}-{number:04d}.npz"
             found = _read(file, piece)
+            kept = found is not None
             if found is None:
                 found = compute(piece)
                 with atomic_open(file) as stream:
                     np.savez(stream, allow_pickle=False, **{_INDICES: piece, **found})
             parts.append(found)
-            self._progress.advance(round(cost * len(piece)), name)
+            self._progress.advance(round(cost * len(piece)), name, free=kept)
         return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]} if parts else {}
 
 

@@ -41,6 +41,16 @@ def test_log_gets_a_line_every_ten_seconds_and_one_at_the_end() -> None:
     ]
 
 
+def test_steps_that_took_no_work_make_nothing_look_faster() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(60, "images", stream=stream, clock=clock) as progress:
+        clock.now += 10.0
+        progress.advance(20, free=True)
+        clock.now += 10.0
+        progress.advance(20)
+    assert stream.getvalue().splitlines()[:2] == ["images  20/60  33%", "images  40/60  66%  1/s  ETA 20 s"]
+
+
 def test_terminal_line_is_redrawn_in_place() -> None:
     stream, clock = Terminal(), Clock()
     with Progress(4, "images", stream=stream, clock=clock) as progress:

@@ -1,3 +1,6 @@
+import contextlib
+import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +92,23 @@ def test_pieces_of_another_size_in_a_folder_of_another_name(tmp_path: Path) -> N
         assert len(list(run.folder.iterdir())) == 2
         assert run.folder.name.startswith(".net.evaluating-")
     assert np.array_equal(found["square"], INDICES**2)
+
+
+def test_kept_pieces_make_the_run_look_no_faster(tmp_path: Path) -> None:
+    written = []
+    for _ in range(2):
+        stream, clock = io.StringIO(), itertools.count(step=60.0)
+        with (
+            contextlib.suppress(ZeroDivisionError),
+            Progress(len(INDICES), "test", stream=stream, clock=clock.__next__) as progress,
+            Stages(tmp_path / "net", {}, progress) as run,
+        ):
+            run.run("squares", INDICES, Counted())
+            raise ZeroDivisionError
+        written.append(stream.getvalue())
+    assert "ETA" in written[0]
+    assert "100%" in written[1]
+    assert "ETA" not in written[1]
 
 
 def test_progress_counts_the_cost(tmp_path: Path) -> None:

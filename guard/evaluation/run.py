@@ -330,10 +330,10 @@ class _Run:
         attack = task.attack
         eligible = self._eligible(task)
         if attack.name in self.folder.left_out:
-            progress.advance(len(eligible) * self._cost(attack), attack.name)
+            progress.advance(len(eligible) * self._cost(attack), attack.name, free=True)
             return
         rows = self._open(task, eligible)
-        progress.advance((len(eligible) - len(rows)) * self._cost(attack), attack.name)
+        progress.advance((len(eligible) - len(rows)) * self._cost(attack), attack.name, free=True)
         if not len(eligible):
             log.info("%s: no image is right and accepted", task.name)
             return
@@ -361,7 +361,7 @@ class _Run:
                 if self.alone:
                     raise
                 self.folder.leave_out(attack, str(error))
-                progress.advance(len(rows) * self._cost(attack), attack.name)
+                progress.advance(len(rows) * self._cost(attack), attack.name, free=True)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
             lost = arrays.pop("lost")
