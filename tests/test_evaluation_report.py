@@ -1,6 +1,7 @@
 """Reports: every number of the results is on the page, which needs nothing else and lies about nothing."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -614,16 +615,23 @@ class TestFindings:
         assert findings.price(evaluation)
         assert findings.price(dear) == []
         assert findings.unknowing(dear.results, "jacobian") == findings.unknowing(results, "jacobian")
-        said = [
-            one for one in findings.gaps(dear, named=True) if "Run on fewer images: on the first 20 " in one
-        ]
+        said = [one for one in findings.gaps([dear]) if "Run on fewer images: on the first 20 " in one]
         assert len(said) == 1
-        assert said[0].startswith(f"{findings.name(dear)}: Run on fewer images")
+        assert f"{findings.name(dear)}: {said[0]}" in findings.gaps([dear, evaluation])
         first = results.standing[0]
         meant = first.model_copy(update={"meant": dict.fromkeys(first.fallen, 10)})
         name = max(first.fallen, key=lambda one: first.fallen[one])
         text = text_of(page(changed(evaluation, standing=[meant])))
         assert f"{name}{first.fallen[name]} of 10" in text
+
+    def test_models_attacked_on_other_images_are_named(self, evaluation: Evaluation) -> None:
+        clean = dict(evaluation.clean)
+        moved = dataclasses.replace(evaluation, clean=clean | {"index": clean["index"] + 1})
+        elsewhere = changed(evaluation, data=evaluation.results.data | {"digest": "of others"})
+        for other in (moved, elsewhere):
+            (said,) = [one for one in findings.gaps([evaluation, other]) if "on other images than" in one]
+            assert said in text_of(page(evaluation, other))
+        assert not [one for one in findings.gaps([evaluation, evaluation]) if "on other images than" in one]
 
     def test_families_not_run(self, evaluation: Evaluation) -> None:
         missing = findings.not_run(evaluation)

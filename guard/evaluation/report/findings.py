@@ -67,10 +67,22 @@ def not_run(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def gaps(evaluation: Evaluation, *, named: bool = False) -> list[str]:
-    """What the run lacks, in sentences: families of attacks, images, and attacks that could not be run;
-    `named` names the model.
+def gaps(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What the runs lack, in sentences: families of attacks, images, attacks that could not be run, and of
+    several evaluations the same images; then the model's name comes first.
     """
+    if len(evaluations) == 1:
+        return _gaps(evaluations[0])
+    said = [f"{name(one)}: {sentence}" for one in evaluations for sentence in _gaps(one)]
+    first, *others = evaluations
+    return said + [
+        f"{name(other)} was attacked on other images than {name(first)}: figures differ for that reason, too."
+        for other in others
+        if not first.same_images(other)
+    ]
+
+
+def _gaps(evaluation: Evaluation) -> list[str]:
     results = evaluation.results
     said = []
     if missing := not_run(evaluation):
@@ -88,7 +100,7 @@ def gaps(evaluation: Evaluation, *, named: bool = False) -> list[str]:
         )
     if refused := [f"{one.name} ({one.reason})" for one in results.left_out]:
         said.append(f"Asked for and left out: {'; '.join(refused)}")
-    return [f"{name(evaluation)}: {sentence}" for sentence in said] if named else said
+    return said
 
 
 def false_alarms(evaluation: Evaluation) -> list[list[str]]:

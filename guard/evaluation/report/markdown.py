@@ -83,9 +83,8 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     if results.over_rejection:
         rows = [[words.attack(one), words.share(one.success)] for one in results.over_rejection]
         lines += ["", *_table(["attack that makes clean images rejected", "success"], rows)]
-    for one in both:
-        for sentence in findings.gaps(one, named=len(both) > 1):
-            lines += ["", _escape(sentence)]
+    for sentence in findings.gaps(both):
+        lines += ["", _escape(sentence)]
     return "\n".join(lines) + "\n"
 
 

@@ -107,9 +107,7 @@ def _verdict(both: Sequence[Evaluation]) -> str:
         said = " ".join(findings.headline(other))
         sentences.append(f'<p class="muted">{_cell(f"{findings.name(other)}, beside it. {said}")}</p>')
     parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(both), _standing(both)]
-    for one in both:
-        gaps = findings.gaps(one, named=len(both) > 1)
-        parts += [f"<p>{escape(sentence)}</p>" for sentence in gaps]
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in findings.gaps(both)]
     if results.over_rejection:
         rows = [
             [

@@ -102,6 +102,11 @@ class Evaluation:
     denials: tuple[Attacked, ...] = ()
     aimed: Mapping[Norm, Values] = field(default_factory=dict)
 
+    def same_images(self, other: "Evaluation") -> bool:
+        """Whether both are of the same images of the same data."""
+        same_data = self.results.data.get("digest") == other.results.data.get("digest")
+        return same_data and np.array_equal(self.clean["index"], other.clean["index"])
+
     @cached_property
     def right(self) -> Flags:
         """Which evaluated images are classified rightly (N,)."""
