@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.guarded_graph import cpu, exported
-from guard import fitting, statistics
+from guard import statistics
+from guard.calibration import fitting
+from guard.calibration.fitting import Effort
 from guard.certificate import first_order_radius
 from guard.data import load, to_floats
-from guard.fitting import Effort
 from guard.progress import Progress
 from guard.runtime import Detector
 

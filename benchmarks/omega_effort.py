@@ -23,11 +23,11 @@ import scipy
 from numpy.typing import NDArray
 
 from guard import bundle as bundles
-from guard import fitting
 from guard.attacks import Linear, Norm
+from guard.calibration import fitting
+from guard.calibration.fitting import EPS, Effort
 from guard.certificate import OmegaTable, first_order_radius, omega_radius
 from guard.data import folds, load, to_floats
-from guard.fitting import EPS, Effort
 from guard.progress import Progress
 from guard.runtime import Detector
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks import held_out
-from guard import extremes, statistics
+from guard import statistics
 from guard.attacks import Norm
 from guard.bundle import Calibration, ExtremeFit
+from guard.calibration import extremes
 from guard.certificate import OmegaTable, effective_slope, omega_radius
 from guard.decision import NORMS, Guard, table_of
 from guard.evaluation import audit

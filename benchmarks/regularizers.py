@@ -30,17 +30,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from guard import attacks, data, fitting
+from guard import attacks, data
 from guard.bundle import Share
+from guard.calibration import fitting
 from guard.certificate import l_bound, omega_radius
 from guard.data import Dataset, folds, to_floats
 from guard.evaluation.report import words
-from guard.evaluation.results import share, summary
+from guard.evaluation.results import summary
 from guard.evaluation.torch_models import TorchModel
 from guard.export import to_onnx
 from guard.files import write_text
 from guard.progress import Progress
 from guard.runtime import Detector
+from guard.shares import share
 from guard.training import checkpoint, presets
 from guard.training.loop import chosen_precision, read_config, read_metrics, train, trained
 from guard.training.settings import Settings

@@ -26,9 +26,9 @@ from guard.evaluation.results import (
     Results,
     Standing,
     auroc,
-    share_of,
     summary,
 )
+from guard.shares import share_of
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.float32]

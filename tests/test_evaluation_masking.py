@@ -5,8 +5,9 @@ import pytest
 
 from guard.attacks import Floats, Labels
 from guard.evaluation import masking
-from guard.evaluation.results import AttackResult, Check, Finished, share
+from guard.evaluation.results import AttackResult, Check, Finished
 from guard.runtime import Detector
+from guard.shares import share
 from tests import networks
 
 BUDGETS: Any = {"l2": 0.2, "linf": 0.1}

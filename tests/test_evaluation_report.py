@@ -38,10 +38,10 @@ from guard.evaluation.results import (
     Subset,
     Summary,
     same,
-    share_of,
     summary,
 )
 from guard.files import sha256
+from guard.shares import share_of
 from tests.results_folder import CHECKS, Images, planted, radii
 from tests.serving import write_bundle
 

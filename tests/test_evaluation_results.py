@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 
 from guard.errors import DataError
-from guard.evaluation.results import auroc, auroc_interval, load, load_arrays, share, summary
-
-
-def test_share_has_an_exact_interval() -> None:
-    found = share(np.array([True, False, False, False]))
-    assert (found.count, found.n, found.value) == (1, 4, 0.25)
-    assert found.lower == pytest.approx(1 - 0.975 ** (1 / 4), abs=1e-6)  # P(at least one) = 0.025
-    assert share(np.zeros(10, bool)).upper == pytest.approx(1 - 0.025 ** (1 / 10), abs=1e-6)
+from guard.evaluation.results import auroc, auroc_interval, load, load_arrays, summary
 
 
 def test_summary_is_of_the_finite_values() -> None:

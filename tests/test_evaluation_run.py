@@ -19,8 +19,10 @@ import pytest
 from guard import bundle, data
 from guard.attacks import Floats, Found, Labels, length, pgd
 from guard.bundle import ScoreName
-from guard.calibration import Settings as CalibrationSettings
-from guard.calibration import calibrate, rescored, rescoring_work
+from guard.calibration import cost
+from guard.calibration.fitting import EPS
+from guard.calibration.run import calibrate, rescored
+from guard.calibration.work import Settings as CalibrationSettings
 from guard.data import Dataset
 from guard.errors import DataError, UsageError
 from guard.evaluation.attack import Attack, Task, tasks_of
@@ -31,12 +33,11 @@ from guard.evaluation.report.reading import read
 from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, load, load_arrays
 from guard.evaluation.run import VERSION, Settings, evaluate
 from guard.evaluation.target import Target
-from guard.fitting import EPS
 from guard.progress import Progress
 from guard.stages import Stages
 from tests.networks import convolutional
 from tests.serving import GAIN, ROOT, write_bundle
-from tests.test_calibration import QUICK, make_bundle, make_data
+from tests.test_calibration_run import QUICK, make_bundle, make_data
 
 # Red over green by so many 255ths of an image whose other channel is black, and whose margin is 12/255 times
 # that. In l2 the boundary lies the margin over 1.5 sqrt 2 away, and behind it a strip of 1.01 in which the
@@ -760,7 +761,7 @@ def test_another_score_is_calibrated_as_if_it_were_served(
 ) -> None:
     score: ScoreName = "combined"
     found = bundle.load(calibrated)
-    work = rescoring_work(data.folds(len(noise), found.calibrated().seed))
+    work = cost.rescoring(data.folds(len(noise), found.calibrated().seed))
     with Stages(tmp_path / "x", {}, progress := Progress(work, "", silent=True)) as stages:
         made = rescored(found, noise, score, stages, provider="cpu")
     served = calibrate(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from guard.attacks import Norm
-from guard.evaluation.results import AttackResult, Finished, share
+from guard.evaluation.results import AttackResult, Finished
 from guard.evaluation.standing import headline_budgets, standings
+from guard.shares import share
 
 COUNT = 10
 RIGHT = 8

@@ -86,8 +86,9 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
 
 def run(arguments: argparse.Namespace) -> int:
     from guard import bundle
-    from guard.calibration import Settings, calibrate
-    from guard.fitting import Effort
+    from guard.calibration.fitting import Effort
+    from guard.calibration.run import calibrate
+    from guard.calibration.work import Settings
 
     folder = chosen_bundle(arguments)
     dataset = held_out(arguments, bundle.load(folder, recalibrating=True).manifest)

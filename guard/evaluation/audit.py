@@ -11,15 +11,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from guard import attacks, fitting, statistics
+from guard import attacks
 from guard.attacks import Differentiable, Floats, Norm, column
-from guard.bundle import Bundle, Share
+from guard.bundle import Bundle
+from guard.calibration import fitting
+from guard.calibration.fitting import EPS, Effort
 from guard.certificate import OmegaTable, Radius, first_order_radius, l_bound, omega_radius
 from guard.decision import NORMS, Guard
 from guard.evaluation.results import RadiusAudit
 from guard.evaluation.target import Flags, Target, Values
-from guard.fitting import EPS, Effort
 from guard.runtime import Measurement
+from guard.shares import share_at_most
 from guard.stages import Arrays
 
 DIRECTIONS = 4
@@ -76,7 +78,6 @@ def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, ser
 
     Violations have a one-sided 95% Clopper-Pearson bound (`upper`).
     """
-    count, n = int((distance < values).sum()), len(values)
     usable = np.isfinite(distance) & np.isfinite(values)
     mean_radius = float(values[usable].mean()) if usable.any() else 0.0
     mean_distance = float(distance[usable].mean()) if usable.any() else 0.0
@@ -86,7 +87,7 @@ def audited(radius: Radius, values: Values, distance: Values, *, norm: Norm, ser
         kind=radius.kind,
         method=radius.method,
         served=served,
-        violations=Share(count=count, n=n, value=count / n, upper=statistics.clopper_pearson_upper(count, n)),
+        violations=share_at_most(distance < values),
         found=int(usable.sum()),
         mean_radius=mean_radius,
         mean_distance=mean_distance,

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from scipy import optimize
 
-from guard import statistics
 from guard.attacks import Norm
 from guard.bundle import Record, ScoreName, Share
 from guard.errors import DataError
 from guard.evaluation.attack import Knowledge
+from guard.shares import share
 from guard.stages import Arrays
 
 Flags = NDArray[np.bool_]
@@ -262,17 +262,6 @@ def same(one: float | None, other: float | None) -> bool:
     if one is None or other is None:
         return one is other
     return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
-
-
-def share(flags: Flags) -> Share:
-    """The share of True among flags (n,), n >= 1, with its 95% Clopper-Pearson interval."""
-    return share_of(int(flags.sum()), len(flags))
-
-
-def share_of(count: int, n: int) -> Share:
-    """A count among n >= 1 with its 95% Clopper-Pearson interval."""
-    interval = statistics.clopper_pearson(count, n)
-    return Share(count=count, n=n, value=count / n, lower=interval.lower, upper=interval.upper)
 
 
 def summary(values: Values) -> Summary | None:

@@ -21,7 +21,8 @@ from guard import bundle as bundles
 from guard import data
 from guard.attacks import FORWARD, Found, Labels, Norm
 from guard.bundle import Bundle, Calibration, ScoreName
-from guard.calibration import rescored, rescoring_work
+from guard.calibration import cost
+from guard.calibration.run import rescored
 from guard.data import Dataset
 from guard.decision import Guard
 from guard.errors import BundleError, DataError, UsageError
@@ -45,7 +46,6 @@ from guard.evaluation.results import (
     RadiusAudit,
     Results,
     detection,
-    share,
     summary,
 )
 from guard.evaluation.sample import Sample
@@ -56,6 +56,7 @@ from guard.guarded import GRAPH_VERSION
 from guard.progress import Progress, duration
 from guard.runtime import Detector
 from guard.settings import Policy
+from guard.shares import share
 from guard.stages import PIECE, Arrays
 
 log = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ class _Run:
             kept = Calibration.model_validate_json(path.read_bytes())
             if kept.model_sha256 == self.calibration.model_sha256:
                 return kept
-        work = rescoring_work(data.folds(len(self.sample.dataset), self.calibration.seed))
+        work = cost.rescoring(data.folds(len(self.sample.dataset), self.calibration.seed))
         with (
             Progress(work, f"calibrate {score}", silent=silent) as progress,
             self.folder.stages(f"calibrate {score}", progress) as stages,

@@ -7,8 +7,9 @@ import numpy as np
 from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.decision import NORMS
-from guard.evaluation.results import Finished, Standing, Subset, share
+from guard.evaluation.results import Finished, Standing, Subset
 from guard.evaluation.target import Flags
+from guard.shares import share
 from guard.stages import Arrays
 
 

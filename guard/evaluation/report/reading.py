@@ -22,8 +22,8 @@ from guard.evaluation.results import (
     load,
     load_arrays,
     same,
-    share_of,
 )
+from guard.shares import share_of
 
 Arrays = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]

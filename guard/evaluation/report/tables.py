@@ -14,7 +14,8 @@ from guard.attacks import Norm
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import MANY_CLASSES, Attacked, Evaluation, Flags
 from guard.evaluation.report.words import MISSING
-from guard.evaluation.results import ROUNDING, share, summary
+from guard.evaluation.results import ROUNDING, summary
+from guard.shares import share
 
 _TWO, _EIGHT = 2 / 255, 8 / 255
 _RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

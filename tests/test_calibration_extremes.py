@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from guard import extremes
+from guard.calibration import extremes
 from guard.errors import CalibrationError
 
 

@@ -3,11 +3,12 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from guard import attacks, fitting
+from guard import attacks
 from guard.attacks import Norm
+from guard.calibration import fitting
+from guard.calibration.fitting import EPS, EXCEEDED, SCREENED_AT, Effort
 from guard.certificate import omega_radius
 from guard.errors import CalibrationError
-from guard.fitting import EPS, EXCEEDED, SCREENED_AT, Effort
 from guard.runtime import Detector
 from tests import networks
 from tests.test_attacks import SHAPE, Quadratic

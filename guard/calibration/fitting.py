@@ -1,7 +1,7 @@
 """What calibration fits: bounds of gradients and the modulus of continuity, from block maxima over images.
 
-Everything fitted here is an **estimate** (see `guard.extremes`). The search effort behind it is explicit,
-because too little ascent makes omega too small and radii too large.
+Everything fitted here is an **estimate** (see `guard.calibration.extremes`). The search effort behind it is
+explicit, because too little ascent makes omega too small and radii too large.
 """
 
 from dataclasses import dataclass, replace
@@ -10,11 +10,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from guard import attacks, extremes
+from guard import attacks
 from guard.attacks import Differentiable, Floats, Labels, Linear, Norm
+from guard.calibration import extremes
+from guard.calibration.extremes import Extreme
 from guard.certificate import OmegaTable, effective_slope, first_order_radius
 from guard.errors import CalibrationError
-from guard.extremes import Extreme
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]

@@ -5,19 +5,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from guard import attacks, bundle, calibration, data, fitting
+from guard import attacks, bundle, data
 from guard.bundle import CALIBRATION, CARD, MANIFEST, MODEL, InputShape, Manifest, Preprocessing
-from guard.calibration import Settings, calibrate
+from guard.calibration import fitting
+from guard.calibration.fitting import Effort
+from guard.calibration.run import calibrate
+from guard.calibration.work import Settings
 from guard.cli import main
 from guard.data import Dataset
-from guard.decision import Guard
+from guard.decision import NORMS, Guard
 from guard.errors import BundleError, CalibrationError, DataError
 from guard.files import provenance, write_bytes
-from guard.fitting import Effort
 from guard.runtime import Detector
 from guard.settings import Policy
 from guard.statistics import conformal_rank
@@ -326,7 +325,7 @@ def test_a_model_replaced_meanwhile_keeps_its_bundle(
             (folder / name).write_bytes(content)
         return provenance(*values, **more)
 
-    monkeypatch.setattr("guard.calibration.provenance", replace_model)  # the last step before writing
+    monkeypatch.setattr("guard.calibration.run.provenance", replace_model)  # the last step before writing
     with pytest.raises(BundleError, match="was replaced during the calibration"):
         calibrate(folder, noise, effort=QUICK, silent=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
@@ -344,7 +343,7 @@ def test_conformal_radii_are_served_and_exceeded_by_exactly_their_share_of_the_f
     measured = guard.measure(images)
     accepted = guard.ratios(measured) <= 1
     images, measured = images[accepted], measured[accepted]
-    for norm in calibration.NORMS:
+    for norm in NORMS:
         radii = made.radii(norm)
         assert [scale.alpha for scale in radii.conformal] == [0.1, 0.3]
         distance = attacks.nearest(guard.detector, images, measured.labels, norm=norm, steps=8).distance
@@ -384,20 +383,6 @@ def test_no_conformal_radius_of_scale_0(
 
 def test_card_names_the_command(calibrated: tuple[Path, bundle.Calibration]) -> None:
     assert "guard calibrate --fpr 0.05 --val noise" in (calibrated[0] / CARD).read_text()
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(1e-3, 1e4))
-def test_histogram_loses_no_score(values: list[float], threshold: float) -> None:
-    scores: NDArray[np.float64] = np.array(values)
-    found = calibration.histogram(scores, threshold)
-    assert sum(found.counts) == len(values)
-    assert len(found.edges) == len(found.counts) + 1
-    assert (np.diff(found.edges) > 0).all()
-
-
-def test_histogram_leaves_out_what_is_not_finite() -> None:
-    found = calibration.histogram(np.array([0.5, np.nan, np.inf]), 1.0)
-    assert sum(found.counts) == 1
 
 
 def test_command_line(
