@@ -61,8 +61,8 @@ def test_a_run_from_start_to_end(folder: Path, tmp_path: Path, capsys: Captured)
     joining = ("--attacks", "fgsm-l2", "--budgets", "l2=1", "--join", "out", "--out", "other")
     assert run(*words[:-2], *joining) == 0
     made, joined = load("out").attacks, load("other")
-    assert joined.attacks[:-1] == made
-    assert joined.attacks[-1].name == "fgsm-l2"
+    assert joined.attacks[0].name == "fgsm-l2"
+    assert joined.attacks[1:] == made
     assert joined.command.endswith("--budgets l2=1.0 --join out --out other")
     assert joined.provenance["arguments"]["join"] == ["out"]
 

@@ -192,7 +192,7 @@ def test_distances_are_measured(other_folder: Path, tmp_path: Path) -> None:
 
     own = attack(modest, name="own", norm=None, unit="steps", budgets=None)
     results = evaluated(other_folder, tmp_path / "out", attack(modest, budgets=None), own)
-    in_l2, in_steps = (one.distance for one in results.attacks)
+    in_steps, in_l2 = (one.distance for one in results.attacks)
     assert in_l2 is not None
     assert in_steps is not None
     assert in_l2.median == pytest.approx(2.0, rel=1e-5)
@@ -405,8 +405,8 @@ def test_attacks_added_later_leave_finished_ones_alone(other_folder: Path, tmp_p
     count = len(seen)
     second = evaluated(other_folder, out, attack(counting), attack(name="later-l2"))
     assert len(seen) == count
-    assert second.attacks[:3] == first.attacks
-    assert [one.name for one in second.attacks[3:]] == ["later-l2"] * 3
+    assert [one.name for one in second.attacks[:3]] == ["later-l2"] * 3, "they come by name"
+    assert second.attacks[3:] == first.attacks
     third = evaluated(other_folder, out)
     assert third.attacks == second.attacks
     assert third.standing == second.standing
@@ -513,7 +513,7 @@ def test_a_run_stopped_early_speaks_of_no_audit_of_fewer_attacks(other_folder: P
     with pytest.raises(KeyboardInterrupt):
         evaluated(other_folder, out, *later)
     stopped = load(out)
-    assert [one.name for one in stopped.attacks] == ["straight-l2", "later-l2"]
+    assert [one.name for one in stopped.attacks] == ["later-l2", "straight-l2"]
     assert stopped.radii == []
     assert stopped.checks == []
     assert stopped.outstanding == [

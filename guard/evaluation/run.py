@@ -478,9 +478,9 @@ class _Run:
             served=self.calibration.score,
             rejected={score: share(~clean[f"accepted_{score}"]) for score in self.scores},
             jacobian=jacobian,
-            attacks=[one.result for one in self.folder.finished],
+            attacks=_by_name(self.folder.finished),
             standing=standing.standings(self.folder.all, clean, self.scores, budgets),
-            over_rejection=[one.result for one in self.folder.denied],
+            over_rejection=_by_name(self.folder.denied),
             outstanding=list(dict.fromkeys((*self.folder.unfinished, *outstanding))),
             left_out=[LeftOut(name=name, reason=reason) for name, reason in self.folder.left_out.items()],
             checks=self.checks,
@@ -507,6 +507,11 @@ class _Run:
             total,
             duration(each * total),
         )
+
+
+def _by_name(finished: Sequence[Finished]) -> list[AttackResult]:
+    """Whatever order they were run in, and from whichever folder they come."""
+    return sorted((one.result for one in finished), key=lambda one: (one.name, one.budget or 0.0))
 
 
 def _outstanding(task: Task) -> str:
