@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import data
-from guard.cli.info import class_list, screen_lines
-from guard.cli.options import emit
+from guard.cli.options import class_list, emit, screen_lines
 from guard.errors import UsageError
 from guard.files import atomic_open
 from guard.neighbours import Nearest, Pair, Separation, lipschitz, separation, stability

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard.cli.options import (
+    WIDTH,
     Subparsers,
     add_bundle,
     add_command,
@@ -22,16 +23,15 @@ from guard.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from guard.attacks import Norm
     from guard.bundle import Bundle, InputShape, ScoreName, Share
     from guard.evaluation.attack import Attack, Task
     from guard.evaluation.results import Results, Standing
     from guard.evaluation.run import Settings
+    from guard.norms import Norm
 
 _SCORES: "tuple[ScoreName, ...]" = ("jacobian", "combined", "radius", "margin-gradient", "jacobian-full")
 _IMAGES = "1000,500,200"
 _QUICK_IMAGES = 100
-_WIDTH = 80
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -76,7 +76,8 @@ guard evaluate --attacks list""",
     parser.add_argument(
         "--val",
         metavar="D",
-        help="held-out labelled images: a known data set's name, an .npz file, or a folder",
+        help="held-out labelled images: a known data set's name, an .npz file, or a folder (required, "
+        "but for --attacks list)",
     )
     parser.add_argument(
         "--attacks",
@@ -131,7 +132,10 @@ guard evaluate --attacks list""",
         "--seed", type=_whole, default=0, metavar="N", help="of images and attacks (default: 0)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="RESULTS", help="results folder; goes on in one that is there"
+        "--out",
+        type=Path,
+        metavar="RESULTS",
+        help="results folder; goes on in one that is there (required, but for --attacks list)",
     )
     add_provider(parser)
     add_threads(parser)
@@ -322,9 +326,9 @@ def summary(results: "Results", out: Path) -> str:
     ]
     lines += [line for standing in results.standing for line in _standing_lines(standing)]
     for score in results.scores:
-        lines += textwrap.wrap(findings.unknowing(results, score), _WIDTH - 1)
+        lines += textwrap.wrap(findings.unknowing(results, score), WIDTH - 1)
     if results.outstanding:
-        lines += textwrap.wrap(f"outstanding from other runs: {', '.join(results.outstanding)}", _WIDTH - 1)
+        lines += textwrap.wrap(f"outstanding from other runs: {', '.join(results.outstanding)}", WIDTH - 1)
     plain = [one for one in results.attacks if one.aware is None and one.detection and one.norm]
     if plain:
         lines += [
@@ -404,7 +408,7 @@ def _number(budget: float, norm: "Norm") -> str:
 
 
 def _cut(line: str) -> str:
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 3] + "..."
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def _described(attack: "Attack") -> dict[str, Any]:

@@ -31,8 +31,8 @@ of them stands in the file's metadata, under `guard.`.
 
 But for jacobian-full, which takes at most 32 classes, the norm is that of the
 two most probable classes' rows; as far as the fitted `guard.row_bound` (an
-estimate) holds, row i can exceed a threshold only where probability i times it
-does.""",
+estimate) holds, row i can be longer than a threshold only where probability i
+times `guard.row_bound` is.""",
         example="""\
 guard graph --out cifar10-guarded.onnx
 guard graph models/resnet50 --out guarded.onnx --score radius --provider cuda""",

@@ -2,22 +2,26 @@
 
 import argparse
 import math
-import textwrap
-from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
+from guard.cli.options import (
+    Subparsers,
+    add_bundle,
+    add_command,
+    chosen_bundle,
+    class_list,
+    emit,
+    file_size,
+    screen_lines,
+)
 from guard.errors import UsageError
 
 if TYPE_CHECKING:
     from guard.bounds import WeightBounds
     from guard.bundle import Bundle, Calibration, Manifest, RadiusCalibration
-
-_WIDTH = 80
-_NAMED = 60  # characters of class names shown
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -123,16 +127,6 @@ def _screen(bundle: "Bundle", size: int, bounds: "WeightBounds | None") -> list[
     return screen_lines(manifest.name, facts)
 
 
-def screen_lines(title: str, facts: list[tuple[str, str]]) -> list[str]:
-    """The facts by name under a title, wrapped to a screen's width."""
-    lines = [title]
-    for name, text in facts:
-        lines += textwrap.wrap(
-            text, _WIDTH, initial_indent=f"  {name:<13s} ", subsequent_indent=" " * 16, break_long_words=False
-        )
-    return lines
-
-
 def _uploads(manifest: "Manifest") -> str:
     how, shape = manifest.preprocessing, manifest.input
     size = f"{shape.width} x {shape.height}"
@@ -141,12 +135,6 @@ def _uploads(manifest: "Manifest") -> str:
     return (
         f"{how.colour}, shorter side resized to {how.resize} ({how.interpolation}), centre cropped to {size}"
     )
-
-
-def class_list(names: Sequence[str]) -> str:
-    """How many classes there are, and the first of them by name."""
-    shown = textwrap.shorten(", ".join(names), _NAMED, placeholder=" ...")
-    return f"{len(names)}: {shown}"
 
 
 def _made(provenance: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 
-_WIDTH = 80
+WIDTH = 80
+"""Of a screen, in characters."""
+
+_NAMED = 60  # characters of class names shown
 _LONG_CHOICES = 40
 
 MOST_THREADS = 1024
@@ -38,7 +42,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """80 columns; choices that would not fit into the usage line are listed with the option's help."""
 
     def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, **{"width": _WIDTH, "max_help_position": 26, **options})
+        super().__init__(prog, **{"width": WIDTH, "max_help_position": 26, **options})
 
     def _metavar_formatter(
         self, action: argparse.Action, default_metavar: str
@@ -46,6 +50,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if not _has_long_choices(action):
             return super()._metavar_formatter(action, default_metavar)
         return lambda size: (action.dest.upper(),) * size
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return text.replace("[[BUNDLE] ", "[")  # of several words only the first may be a bundle
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not _has_long_choices(action):
@@ -101,10 +109,10 @@ def held_out(arguments: argparse.Namespace, manifest: "Manifest") -> "Dataset":
     """
     from guard import data, images
 
-    shape, uploads = manifest.input, manifest.preprocessing
+    uploads = manifest.preprocessing
     decode = partial(
         images.decode,
-        shape=(shape.channels, shape.height, shape.width),
+        shape=manifest.input.shape,
         colour=uploads.colour,
         resize=uploads.resize,
         interpolation=uploads.interpolation,
@@ -156,3 +164,19 @@ def arguments_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's arguments as provenance stores them, without what does not change the result."""
     left_out = {"run", "json", "debug", "command"}
     return {name: value for name, value in vars(arguments).items() if name not in left_out}
+
+
+def screen_lines(title: str, facts: list[tuple[str, str]]) -> list[str]:
+    """The facts by name under a title, wrapped to a screen's width."""
+    lines = [title]
+    for name, text in facts:
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=f"  {name:<13s} ", subsequent_indent=" " * 16, break_long_words=False
+        )
+    return lines
+
+
+def class_list(names: Sequence[str]) -> str:
+    """How many classes there are, and the first of them by name."""
+    shown = textwrap.shorten(", ".join(names), _NAMED, placeholder=" ...")
+    return f"{len(names)}: {shown}"

@@ -75,7 +75,8 @@ guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
 guard train --dataset cifar10 --regularizer tulip:eps=0.05,weight=0.1 \\
     --epochs 20 --out runs/tulip --resume
 torchrun --nproc_per_node=8 -m guard train --dataset imagenet/ \\
-    --regularizer tv-l2:eps=0.1 --batch-size 1024 --out runs/imagenet
+    --arch resnet50 --regularizer tv-l2:eps=0.1 --batch-size 1024 \\
+    --out runs/imagenet
 guard export runs/tulip --out models/tulip""",
     )
     # `dest` is the field in Settings; no defaults here, so that the preset's hold, else the general ones.
