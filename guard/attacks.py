@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Norm = Literal["l2", "linf"]
+from guard.norms import Norm
+
 Loss = Literal["margin", "cross-entropy", "probability-margin"]
 Linear = Literal["steepest", "aligned"]
 Floats = NDArray[np.float32]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from guard.errors import BundleError
 from guard.files import sha256, write_bytes
 from guard.images import Interpolation
+from guard.norms import Norm
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
@@ -24,7 +25,6 @@ CARD = "card.md"
 SCHEMA_VERSION = 1
 
 ScoreName = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
-NormName = Literal["l2", "linf"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -43,6 +43,11 @@ class InputShape(Record):
     channels: Annotated[int, Field(ge=1)]
     height: Annotated[int, Field(ge=1)]
     width: Annotated[int, Field(ge=1)]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
 
 
 class Preprocessing(Record):
@@ -229,7 +234,7 @@ class Calibration(Record):
     linf: RadiusCalibration
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    def radii(self, norm: NormName) -> RadiusCalibration:
+    def radii(self, norm: Norm) -> RadiusCalibration:
         """The calibration of one norm."""
         return self.l2 if norm == "l2" else self.linf
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from guard import bundle as bundles
-from guard.bundle import Bundle, Calibration, NormName, OmegaRecord
+from guard.bundle import Bundle, Calibration, OmegaRecord
 from guard.certificate import (
     Kind,
     OmegaTable,
@@ -28,6 +28,8 @@ from guard.certificate import (
 )
 from guard.errors import BundleError
 from guard.guarded import GRAPH_VERSION
+from guard.images import LIMITS, Limits, decode
+from guard.norms import NORMS, Norm
 from guard.runtime import Detector, Measurement, score_of
 from guard.settings import Policy
 
@@ -44,8 +46,6 @@ REASONS = {
     "radius": "radius",
 }
 """The reason an image is rejected for, by the test that failed. `not_finite` and `min_radius` come on top."""
-
-NORMS: tuple[NormName, NormName] = ("l2", "linf")
 
 
 def _absent(value: object) -> bool:
@@ -179,7 +179,7 @@ class Guard:
         self.policy = policy
         self.calibration: Calibration = bundle.calibrated()
         manifest = bundle.manifest
-        shape = (manifest.input.channels, manifest.input.height, manifest.input.width)
+        shape = manifest.input.shape
         for what, said, found in (
             ("input shape", shape, detector.input_shape),
             ("number of classes", len(manifest.class_names), detector.num_classes),
@@ -217,6 +217,14 @@ class Guard:
         detector = Detector(bundle.model, score=score, provider=provider, threads=threads)
         return cls(bundle, detector, chosen)
 
+    def decode(self, data: bytes, limits: Limits = LIMITS, *, declared: str | None = None) -> Float32:
+        """The model's input (C, H, W) from an image file's bytes, as the manifest has it; raises `ImageError`
+        as `guard.images.decode` does.
+        """
+        manifest = self.bundle.manifest
+        options = manifest.preprocessing.model_dump()
+        return decode(data, manifest.input.shape, **options, declared=declared, limits=limits)
+
     def classify(self, images: Float32) -> list[Decision]:
         """Decides images (B, C, H, W) in [0, 1], B >= 0: one decision each, in order."""
         return list(self.decide(self.measure(images))) if len(images) else []
@@ -237,10 +245,7 @@ class Guard:
         tests = self._tests(measurement)
         scores = self._scores(tests)
         radii = {norm: self.radii(measurement, norm) for norm in NORMS}
-        numbers = np.column_stack(
-            [measurement.logits, measurement.margin, measurement.gradient_l2, measurement.gradient_l1]
-        )
-        finite: NDArray[np.bool_] = np.all(np.isfinite(numbers), axis=1)
+        finite = measurement.finite
         logits = np.where(np.isnan(measurement.logits), -np.inf, measurement.logits)
         order = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
         probabilities = np.nan_to_num(measurement.probabilities.astype(np.float64), nan=0.0)
@@ -303,13 +308,12 @@ class Guard:
             return values
         return _largest_ratio(tests)
 
-    def radii(self, measurement: Measurement, norm: NormName) -> list[tuple[Radius, Float64]]:
+    def radii(self, measurement: Measurement, norm: Norm) -> list[tuple[Radius, Float64]]:
         """The kinds of radius there are for a norm, strongest first, each with the images' values (B,).
 
         They are what accepted images are answered; that rejected ones get 0 is not in them yet.
         """
         calibration = self.calibration.radii(norm)
-        gradient = measurement.gradient_l2 if norm == "l2" else measurement.gradient_l1
         violations = calibration.violations
         estimate = Radius(
             radius=math.nan,
@@ -318,7 +322,7 @@ class Guard:
             violation_rate=violations.value,
             violation_upper=violations.upper,
         )
-        slope = effective_slope(measurement.logits, gradient, calibration.slope)
+        slope = effective_slope(measurement.logits, measurement.slope(norm), calibration.slope)
         found = {estimate: omega_radius(measurement.margin, slope, self._tables[norm])}
         # A smaller radius keeps the promise; this one would grow without end as the slope vanishes.
         largest = self._tables[norm].reach.max()
@@ -337,7 +341,7 @@ class Guard:
         return [(radius, found[radius]) for radius in strongest_first(list(found))]
 
     def _reasons(
-        self, tests: dict[str, tuple[float, float]], radii: dict[NormName, list[Radius]], *, finite: bool
+        self, tests: dict[str, tuple[float, float]], radii: dict[Norm, list[Radius]], *, finite: bool
     ) -> list[str]:
         reasons = []
         if not finite or any(math.isnan(score) for score, _ in tests.values()):

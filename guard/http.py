@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -74,8 +75,8 @@ class Edge:
     """ASGI middleware around the whole application.
 
     A body of more than `max_bytes`, or one that has not arrived after `upload_seconds`, ends the request with
-    413 or 400; a declared length above the cap does so before a byte is read. `routes` maps the paths that
-    are labels in the metrics; `overrides` answers the paths it names instead of the application.
+    413 or 400; a declared length above the cap does so before a byte is read. `paths` are those that are
+    labels in the metrics. With `instead`, that application answers in place of `app`, except on `left`.
     """
 
     def __init__(
@@ -84,14 +85,16 @@ class Edge:
         *,
         max_bytes: int,
         upload_seconds: float,
-        routes: frozenset[str] = frozenset(),
-        overrides: Mapping[str, ASGIApp] | None = None,
+        paths: frozenset[str] = frozenset(),
+        instead: ASGIApp | None = None,
+        left: frozenset[str] = frozenset(),
     ) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.upload_seconds = upload_seconds
-        self.routes = routes
-        self.overrides = dict(overrides or {})
+        self.paths = paths
+        self.instead = instead
+        self.left = left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; never raises for what a client sent."""
@@ -99,7 +102,7 @@ class Edge:
             await receive()
             await send({"type": "websocket.close", "code": 1000})
         elif scope["type"] == "http":
-            app = self.overrides.get(scope["path"], self.app)
+            app = self.app if self.instead is None or scope["path"] in self.left else self.instead
             await _Exchange(self, scope, receive, send).run(app)
         else:
             await self.app(scope, receive, send)
@@ -216,7 +219,7 @@ class _Exchange:
         path, seconds = self.scope["path"], time.perf_counter() - self.started
         self.status = self.status or 499  # cancelled before there was an answer
         # Only known paths become labels: a client must not be able to fill the memory with names.
-        route = path if path in self.edge.routes else "other"
+        route = path if path in self.edge.paths else "other"
         metrics.REQUESTS.labels(route, self.status).inc()
         metrics.REQUEST_SECONDS.labels(route).observe(seconds)
         if path in _QUIET and self.status in {200, 503}:
@@ -287,9 +290,10 @@ async def read_upload(request: Request, *, max_bytes: int) -> Upload:
         )
     try:
         form = await _Parser(request, max_bytes=max_bytes).parse()
-    except MultiPartException as error:
+    except (MultiPartException, FormParserError) as error:  # starlette lets some of its parser's own through
+        message = getattr(error, "message", str(error))
         raise RequestError(
-            f"The multipart body cannot be read: {error.message}", status=400, code="malformed_body"
+            f"The multipart body cannot be read: {message}", status=400, code="malformed_body"
         ) from error
     try:
         names = [name for name, _ in form.multi_items()]

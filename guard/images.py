@@ -27,7 +27,9 @@ MEGAPIXEL = 1_000_000
 
 # Every scan of a progressive JPEG walks the whole image, and an empty one costs a few bytes: without a
 # bound, 10 MB can ask for hours of work. Encoders write about ten.
-MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS = 100, 10_000
+MAX_JPEG_SCANS = 100
+# Pillow walks from part to part in Python, some seconds for 10 MB of tiny ones, while all else waits.
+MAX_JPEG_SEGMENTS, MAX_JPEG_GAP, MAX_PNG_CHUNKS = 10_000, 2**16, 20_000
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # that has a length, or ends the picture
 
@@ -198,9 +200,15 @@ def _check_content(data: bytes, declared: str | None, limits: Limits) -> Format:
         )
     if found == "WEBP":
         _check_webp(data, limits)
-    if found == "JPEG" and data.count(_SCAN) > MAX_JPEG_SCANS and _jpeg_scans(data) > MAX_JPEG_SCANS:
+    if found == "JPEG":
+        _check_jpeg(data)
+    if found == "PNG":
+        _check_png(data)
+    if found == "BMP" and _run_lengths(data):
         raise ImageError(
-            f"The JPEG has more than {MAX_JPEG_SCANS} scans; save it anew.", code="corrupt_image", status=422
+            "The BMP image is run-length encoded; save it uncompressed, or as PNG.",
+            code="unsupported_format",
+            status=415,
         )
     return found
 
@@ -214,20 +222,49 @@ def _check_length(length: int, limits: Limits) -> None:
         )
 
 
-def _jpeg_scans(data: bytes) -> int:
-    """How many scans a JPEG has before its end; what lies behind, such as a film, does not count.
+def _check_jpeg(data: bytes) -> None:
+    """Refuses more scans before the picture's end, or more parts, than decoders are to go through.
 
-    Segments are skipped by their length, coded data up to the next marker, as decoders do (ITU T.81, B.1). A
-    picture of more than `MAX_JPEG_SEGMENTS` is taken to have too many scans.
+    Segments are skipped by their length, coded data up to the next marker, as decoders do (ITU T.81, B.1);
+    what lies behind the end, such as a film, does not count.
     """
     at, scans = 2, 0
     for _ in range(MAX_JPEG_SEGMENTS):
         found = _MARKER.search(data, at)
         if found is None or found[0] == _END:
-            return scans
+            return
+        if not scans and found.start() - at > MAX_JPEG_GAP:
+            break
         scans += found[0] == _SCAN
+        if scans > MAX_JPEG_SCANS:
+            break
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-    return MAX_JPEG_SCANS + 1
+    raise ImageError(
+        f"The JPEG image has more than {MAX_JPEG_SCANS} scans, or far more parts than a picture needs; save "
+        "it anew.",
+        code="corrupt_image",
+        status=422,
+    )
+
+
+def _check_png(data: bytes) -> None:
+    """Refuses more chunks than a picture needs (PNG, 5.3: length, type, data, check)."""
+    at = 8
+    for _ in range(MAX_PNG_CHUNKS):
+        if at >= len(data):
+            return
+        at += 12 + int.from_bytes(data[at : at + 4])
+    raise ImageError(
+        f"The PNG image has more than {MAX_PNG_CHUNKS} chunks; save it anew.",
+        code="corrupt_image",
+        status=422,
+    )
+
+
+def _run_lengths(data: bytes) -> bool:
+    """Whether a BMP's header, from BITMAPINFOHEADER on, names RLE8 or RLE4: Pillow decodes them in Python."""
+    header, compression = int.from_bytes(data[14:18], "little"), int.from_bytes(data[30:34], "little")
+    return header >= 40 and compression in (1, 2)
 
 
 def _check_webp(data: bytes, limits: Limits) -> None:
@@ -306,7 +343,9 @@ def _bring_key_to_8_bits(picture: Image.Image, stored: object) -> None:
 def _flatten(picture: Image.Image, colour: Colour) -> Image.Image:
     """The picture as 8-bit RGB or grey, without transparency."""
     if picture.mode.startswith("I"):
-        samples = np.clip(np.asarray(picture, dtype=np.int64), 0, 0xFFFF)
+        samples = np.asarray(picture)
+        if samples.dtype != np.uint16:
+            samples = np.clip(samples, 0, 0xFFFF)
         info, picture = picture.info, Image.fromarray((samples >> 8).astype(np.uint8))
         picture.info = info
     if picture.has_transparency_data:

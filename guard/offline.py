@@ -137,16 +137,8 @@ def _load_one(guard: Guard, source: Source, index: int, limits: images.Limits) -
     if source.arrays is not None:
         return Row(source.named, index), data.to_floats(source.arrays.images[index : index + 1])[0]
     file = source.files[index]
-    uploads = guard.bundle.manifest.preprocessing
     try:
-        pixels = images.decode(
-            images.read(file, limits),
-            guard.detector.input_shape,
-            colour=uploads.colour,
-            resize=uploads.resize,
-            interpolation=uploads.interpolation,
-            limits=limits,
-        )
+        pixels = guard.decode(images.read(file, limits), limits)
     except ImageError as error:
         return Row(str(file), None, error=error), None
     except OSError as error:

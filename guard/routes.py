@@ -1,6 +1,6 @@
 """The routes of the service: `/classify`, `/model`, the page and its samples, metrics, the interface."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio.to_thread
@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
 
 from guard import metrics, openapi, samples
 from guard.http import RequestError, read_upload, request_id
@@ -33,7 +32,7 @@ class Routes:
         self.worker = worker
 
     def application(self) -> Starlette:
-        """All routes but those of `overrides`."""
+        """All routes."""
         return Starlette(
             routes=[
                 Route("/", self.page),
@@ -41,15 +40,12 @@ class Routes:
                 Route("/model", self.model),
                 Route("/samples.json", self.samples),
                 Route("/samples/{name}", self.sample),
+                Route("/readyz", self.ready),
                 Route("/metrics", self.metrics),
                 Route("/docs.json", self.interface),
                 Mount("/page", StaticFiles(directory=PAGE)),
             ]
         )
-
-    def overrides(self) -> Mapping[str, ASGIApp]:
-        """What BentoML has routes of its own for."""
-        return {"/readyz": Starlette(routes=[Route("/readyz", self.ready)])}
 
     async def page(self, _: Request) -> Response:
         """`GET /`."""

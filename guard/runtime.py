@@ -25,6 +25,7 @@ from guard.autodiff import check_differentiable
 from guard.errors import DataError, ModelError
 from guard.graph import Provider
 from guard.guarded import Loss, Score
+from guard.norms import Norm
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,16 @@ class Measurement:
         """The predicted class of each image, (B,)."""
         labels: Int64 = self.logits.argmax(axis=1)
         return labels
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Whether all that a decision rests on are numbers, (B,)."""
+        numbers = np.column_stack([self.logits, self.margin, self.gradient_l2, self.gradient_l1])
+        return np.asarray(np.isfinite(numbers).all(axis=1), np.bool_)
+
+    def slope(self, norm: Norm) -> Float64:
+        """The dual norm of the margin's gradient, (B,)."""
+        return (self.gradient_l2 if norm == "l2" else self.gradient_l1).astype(np.float64)
 
     @staticmethod
     def concatenate(parts: list["Measurement"]) -> "Measurement":

@@ -40,9 +40,6 @@ def _worker() -> Worker:
     return service.worker
 
 
-_ROUTES = Routes(_worker)
-
-
 @bentoml.service(
     name="guard",
     workers=SETTINGS.workers,
@@ -53,7 +50,6 @@ _ROUTES = Routes(_worker)
     logging={"access": {"enabled": False}},
     image=IMAGE,
 )
-@bentoml.asgi_app(_ROUTES.application(), path="/")
 class GuardService:
     """One server process."""
 
@@ -96,6 +92,8 @@ GuardService.add_asgi_middleware(  # type: ignore[attr-defined]
     Edge,
     max_bytes=SETTINGS.max_bytes + MULTIPART_OVERHEAD,
     upload_seconds=SETTINGS.upload_seconds,
-    routes=PATHS,
-    overrides=_ROUTES.overrides(),
+    paths=PATHS,
+    # BentoML's own routes, its interface's page among them, are out of reach but for its probes.
+    instead=Routes(_worker).application(),
+    left=frozenset({"/livez", "/healthz"}),
 )

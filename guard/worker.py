@@ -117,8 +117,10 @@ class Worker:
         self._samples: dict[str, samples.Sample] = {}
         self._guard: Guard | None = None
         self._uploads = 0
+        # Processes share the cores.
+        self._cores = max(1, (os.cpu_count() or 1) // settings.workers)
         # A pool of our own: its threads stay taken until a decoding ends, even when nobody waits any more.
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoding")
+        self._decoders = ThreadPoolExecutor(self._cores, thread_name_prefix="decoding")
         self._batcher = Batcher(self._decide, max_batch=settings.max_batch)
         self._limits = images.Limits(bytes=settings.max_bytes, pixels=settings.max_pixels)
 
@@ -137,9 +139,7 @@ class Worker:
             # without onnxruntime.
             from guard.decision import Guard
 
-            # Processes share the cores; alone, onnxruntime takes them all.
-            workers = self.settings.workers
-            threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
+            threads = self._cores if self.settings.workers > 1 else 0  # alone, onnxruntime takes them all
             guard = Guard.from_bundle(self.path, threads=threads)
             self._warm_up(guard)
             found = samples.load(self.path)
@@ -261,11 +261,8 @@ class Worker:
             guard.detector.vjp(image[None], np.zeros((1, guard.detector.num_classes), np.float32))
 
     def _decode(self, guard: "Guard", data: bytes, declared: str | None = None) -> NDArray[np.float32]:
-        manifest = guard.bundle.manifest
-        shape = (manifest.input.channels, manifest.input.height, manifest.input.width)
-        options = manifest.preprocessing.model_dump()
         with metrics.DECODE_SECONDS.time():
-            return images.decode(data, shape, **options, declared=declared, limits=self._limits)
+            return guard.decode(data, self._limits, declared=declared)
 
     def _decide(self, batch: list[NDArray[np.float32]]) -> "list[Decision]":
         metrics.BATCH_SIZE.observe(len(batch))

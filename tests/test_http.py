@@ -45,8 +45,7 @@ class Client:
             routes.application(),
             max_bytes=BODY_CAP,
             upload_seconds=upload_seconds,
-            routes=PATHS,
-            overrides=routes.overrides(),
+            paths=PATHS,
         )
 
     def run(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -558,7 +557,7 @@ def test_decodings_that_outlive_their_requests_keep_their_places(
         gate.wait(60)
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(images, "decode", held)
+    monkeypatch.setattr("guard.decision.decode", held)
 
     async def scenario() -> list[int]:
         async with client.session() as session:

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from guard.errors import ImageError
-from guard.images import LIMITS, MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, Limits, decode, sniff
+from guard.images import (
+    LIMITS,
+    MAX_JPEG_GAP,
+    MAX_JPEG_SCANS,
+    MAX_JPEG_SEGMENTS,
+    MAX_PNG_CHUNKS,
+    Limits,
+    decode,
+    sniff,
+)
 
 SHAPE = (3, 32, 32)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -345,8 +354,29 @@ def test_what_lies_behind_a_jpeg_holds_no_scans() -> None:
     comment = b"\xff\xfe" + (2 + len(film)).to_bytes(2) + film
     np.testing.assert_array_equal(decode(sound[:2] + comment + sound[2:], SHAPE), decode(sound, SHAPE))
     many = sound[:2] + b"\xff\xfe\0\2" * MAX_JPEG_SEGMENTS + comment + sound[2:]
-    with pytest.raises(ImageError, match="more than 100 scans"):
+    with pytest.raises(ImageError, match="more than 100 scans, or far more parts"):
         decode(many, SHAPE)
+
+
+def test_files_of_countless_tiny_parts_are_refused_undecoded() -> None:
+    sound = encoded(pixels(), "JPEG")
+    few, many = (sound[:2] + b"\xff" * count + sound[2:] for count in (1000, MAX_JPEG_GAP + 10))
+    np.testing.assert_array_equal(decode(few, SHAPE), decode(sound, SHAPE))
+    assert refusal(many).code == "corrupt_image"
+    sound = encoded(pixels(), "PNG")
+    empty = struct.pack(">I4sI", 0, b"teXt", zlib.crc32(b"teXt"))
+    head = 8 + 25  # signature and IHDR
+    few, many = (sound[:head] + empty * count + sound[head:] for count in (1000, MAX_PNG_CHUNKS))
+    np.testing.assert_array_equal(decode(few, SHAPE), decode(sound, SHAPE))
+    assert refusal(many).code == "corrupt_image"
+
+
+def test_run_length_encoded_bitmaps_are_refused() -> None:
+    data = bytearray(encoded(pixels(), "BMP"))
+    assert decode(bytes(data), SHAPE).shape == SHAPE
+    for compression in (1, 2):
+        data[30:34] = struct.pack("<I", compression)
+        assert refusal(bytes(data)).code == "unsupported_format"
 
 
 def test_a_jpeg_of_endless_scans_is_refused_undecoded() -> None:

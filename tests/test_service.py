@@ -105,14 +105,16 @@ def test_the_page_is_ours_and_names_no_other_host(server: Server) -> None:
         assert "googletagmanager" not in text
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/assets/x", "/static_content/x", "/classify/submit"])
-def test_bentomls_own_errors_wear_the_envelope(server: Server, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/assets/x", "/static_content/index.css", "/schema.json", "/classify/submit"]
+)
+def test_bentomls_own_pages_are_out_of_reach(server: Server, path: str) -> None:
     response = httpx.get(f"{server.url}{path}")
     assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/docs.json", "/schema.json"])
-def test_bentomls_own_routes_refuse_other_methods_in_the_envelope(server: Server, path: str) -> None:
+@pytest.mark.parametrize("path", ["/livez", "/healthz", "/readyz", "/metrics", "/docs.json"])
+def test_probes_and_facts_refuse_other_methods_in_the_envelope(server: Server, path: str) -> None:
     response = httpx.post(f"{server.url}{path}")
     assert (response.status_code, error_of(response)["code"]) == (405, "method_not_allowed")
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from guard.attacks import TINY, Floats, Found, Labels, Norm
+from guard.attacks import TINY, Floats, Found, Labels
 from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.errors import GuardError
@@ -30,6 +30,7 @@ from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
 from guard.evaluation.results import ROUNDING
 from guard.evaluation.served import JUDGED, judge
 from guard.evaluation.target import Target
+from guard.norms import Norm
 
 if TYPE_CHECKING:
     import httpx
@@ -116,8 +117,7 @@ def in_process(guard: Guard) -> Iterator[Query]:
         routes.application(),
         max_bytes=settings.max_bytes,
         upload_seconds=settings.upload_seconds,
-        routes=PATHS,
-        overrides=routes.overrides(),
+        paths=PATHS,
     )
 
     def client() -> httpx.AsyncClient:
