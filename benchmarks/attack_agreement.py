@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 
 from guard import attacks, data, statistics
-from guard.attacks import Floats, Found, Labels, Norm
+from guard.attacks import Floats, Found, Labels
 from guard.decision import Guard
 from guard.evaluation import libraries
 from guard.evaluation.apgd import apgd
@@ -33,6 +33,7 @@ from guard.evaluation.deepfool import deepfool
 from guard.evaluation.run import hardware
 from guard.evaluation.target import Target
 from guard.files import write_text
+from guard.norms import Norm
 from guard.runtime import Detector
 from guard.settings import Policy
 
@@ -80,7 +81,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "python benchmarks/attack_agreement.py " + " ".join(sys.argv[1:]),
         "versions": {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
-        "hardware": hardware(model, given.threads),
+        "hardware": hardware(model),
         "model": guard.bundle.digest,
         "images": len(images),
         "pairs": rows,

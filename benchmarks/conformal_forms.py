@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from benchmarks import held_out
 from guard import attacks, statistics
-from guard.attacks import Norm
 from guard.certificate import effective_slope, first_order_radius
 from guard.decision import Guard
+from guard.norms import Norm
 from guard.runtime import Measurement
 from guard.stages import Arrays
 

@@ -23,11 +23,12 @@ import scipy
 from numpy.typing import NDArray
 
 from guard import bundle as bundles
-from guard.attacks import Linear, Norm
+from guard.attacks import Linear
 from guard.calibration import fitting
 from guard.calibration.fitting import EPS, Effort
 from guard.certificate import OmegaTable, first_order_radius, omega_radius
 from guard.data import folds, load, to_floats
+from guard.norms import Norm
 from guard.progress import Progress
 from guard.runtime import Detector
 

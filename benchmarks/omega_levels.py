@@ -18,13 +18,13 @@ from scipy import stats
 
 from benchmarks import held_out
 from guard import statistics
-from guard.attacks import Norm
 from guard.bundle import Calibration, ExtremeFit
 from guard.calibration import extremes
 from guard.certificate import OmegaTable, effective_slope, omega_radius
-from guard.decision import NORMS, Guard, table_of
+from guard.decision import Guard, table_of
 from guard.evaluation import audit
 from guard.evaluation.target import Target
+from guard.norms import NORMS, Norm
 from guard.stages import Arrays
 
 Values = NDArray[np.float64]

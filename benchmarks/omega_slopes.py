@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from benchmarks import held_out
 from benchmarks.held_out import pieces
 from guard import attacks
-from guard.attacks import Norm
 from guard.calibration import fitting
 from guard.calibration.fitting import EPS, Effort
 from guard.certificate import first_order_radius, omega_radius
 from guard.decision import Guard
+from guard.norms import Norm
 from guard.stages import Arrays
 
 Values = NDArray[np.float64]

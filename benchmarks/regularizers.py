@@ -40,6 +40,7 @@ from guard.evaluation.results import summary
 from guard.evaluation.torch_models import TorchModel
 from guard.export import to_onnx
 from guard.files import write_text
+from guard.norms import Norm
 from guard.progress import Progress
 from guard.runtime import Detector
 from guard.shares import share
@@ -51,7 +52,7 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Values = NDArray[np.float64]
 
-Budget = tuple[attacks.Norm, float, str]
+Budget = tuple[Norm, float, str]
 
 BUDGETS: tuple[Budget, ...] = (
     ("l2", 0.25, "0.25"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, inf, isfinite, prod, sqrt
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,10 +22,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from guard.errors import GuardError, UnsupportedOperatorError
 from guard.graph import SHAPE_READERS, Array, Graph, attributes, depending
+from guard.norms import Norm
 from guard.operators.convolution import Window, window
 from guard.progress import Progress
-
-Norm = Literal["l2", "linf"]
 
 MOST_INPUTS = 4096  # the linearized networks are evaluated at so many unit vectors at most
 _BATCH = 64

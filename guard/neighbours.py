@@ -9,16 +9,16 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from guard.errors import DataError
 from guard.interrupts import interruptible
+from guard.norms import Norm
 from guard.progress import Progress
 
-Norm = Literal["l2", "linf"]
 Bytes = NDArray[np.uint8]
 Steps = NDArray[np.int64]
 

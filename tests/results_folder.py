@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Found, Norm, length
+from guard.attacks import Found, length
 from guard.bundle import ScoreName, dump
 from guard.evaluation.attack import Knowledge
 from guard.evaluation.results import (
@@ -28,6 +28,7 @@ from guard.evaluation.results import (
     auroc,
     summary,
 )
+from guard.norms import Norm
 from guard.shares import share_of
 
 Arrays = dict[str, NDArray[Any]]

@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import Floats, Labels, Linear, Loss, Norm
+from guard.attacks import Floats, Labels, Linear, Loss
+from guard.norms import Norm
 from guard.runtime import Detector
 from tests import networks
 

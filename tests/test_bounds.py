@@ -12,6 +12,7 @@ from onnx import helper
 
 from guard import bounds
 from guard.bounds import Bound, WeightBounds, convolution_norm, weight_bounds
+from guard.norms import Norm
 from guard.operators.convolution import Window
 from tests import networks
 
@@ -67,7 +68,7 @@ def two_layers(
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_a_linear_model_is_its_own_bound(norm: bounds.Norm) -> None:
+def test_a_linear_model_is_its_own_bound(norm: Norm) -> None:
     weight = np.array([[3, 4, 0], [0, -1, 2], [1, 1, 1]], np.float32)
     found = weight_bounds(networks.linear(weight, shape=(1, 1, 3)))
     exact = slopes(weight.astype(float), 2 if norm == "l2" else 1)
@@ -241,7 +242,7 @@ def steepest(model: onnx.ModelProto, shape: tuple[int, int, int], norm: str) -> 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("which", ["residual", "convolutional"])
-def test_no_slope_exceeds_the_bounds(which: str, norm: bounds.Norm) -> None:
+def test_no_slope_exceeds_the_bounds(which: str, norm: Norm) -> None:
     model, shape = (residual(), (3, 6, 6)) if which == "residual" else (networks.convolutional(), (3, 8, 8))
     found, steep = weight_bounds(model), steepest(model, shape, norm)
     for bound in (found.layers[norm], found.paths[norm]):

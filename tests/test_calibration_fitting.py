@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from guard import attacks
-from guard.attacks import Norm
 from guard.calibration import fitting
 from guard.calibration.fitting import EPS, EXCEEDED, SCREENED_AT, Effort
 from guard.certificate import omega_radius
 from guard.errors import CalibrationError
+from guard.norms import Norm
 from guard.runtime import Detector
 from tests import networks
 from tests.test_attacks import SHAPE, Quadratic

@@ -14,9 +14,10 @@ from guard.calibration.run import calibrate
 from guard.calibration.work import Settings
 from guard.cli import main
 from guard.data import Dataset
-from guard.decision import NORMS, Guard
+from guard.decision import Guard
 from guard.errors import BundleError, CalibrationError, DataError
 from guard.files import provenance, write_bytes
+from guard.norms import NORMS
 from guard.runtime import Detector
 from guard.settings import Policy
 from guard.statistics import conformal_rank

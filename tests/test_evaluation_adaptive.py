@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from guard.attacks import GRADIENT, Floats, Labels, Norm, length
+from guard.attacks import GRADIENT, Floats, Labels, length
 from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.evaluation import adaptive, ascent, denial, served, transfer
@@ -14,6 +14,7 @@ from guard.evaluation.adaptive import ATTACKS, JOINT
 from guard.evaluation.ascent import Start
 from guard.evaluation.attack import SCORES
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.runtime import Measurement
 from guard.settings import Policy
 from tests import networks

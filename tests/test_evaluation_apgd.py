@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from guard.attacks import Floats, Labels, Loss, Norm
+from guard.attacks import Floats, Labels, Loss
 from guard.evaluation.apgd import (
     apgd,
     checkpoints,
@@ -11,6 +11,7 @@ from guard.evaluation.apgd import (
     loss_gradient,
     slowed,
 )
+from guard.norms import Norm
 from guard.runtime import Detector
 from tests import networks
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from guard import attacks
-from guard.attacks import Floats, Found, Norm
+from guard.attacks import Floats, Found
 from guard.bundle import Bundle
 from guard.certificate import Radius
 from guard.decision import Guard
 from guard.evaluation import audit
 from guard.evaluation.audit import attacks_inside, audited, random_omega, random_remainders
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.runtime import Detector
 from guard.settings import Policy
 from tests import networks
@@ -108,7 +109,7 @@ def test_only_accepted_images_count(tmp_path: Path) -> None:
     assert (first.violations.count, first.violations.n) == (20, 20)
     target, bundle = target_of(tmp_path / "none", threshold=0.0)
     assert audit.radii(target, bundle, clean, distances) == []
-    assert np.isinf(attacks_inside(target, bundle, IMAGES, clean, "l2", steps=2)).all()
+    assert np.isinf(attacks_inside(target, bundle, IMAGES, clean, "l2")).all()
 
 
 def test_distances_and_attacks_from_inside(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guard.attacks import Floats, Norm, length
+from guard.attacks import Floats, length
 from guard.errors import DataError
 from guard.evaluation import controls
 from guard.evaluation.attack import Attack
 from guard.evaluation.controls import CORRUPTIONS, Doubles
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.runtime import Detector
 from tests import networks
 

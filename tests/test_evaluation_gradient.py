@@ -11,14 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, Norm, length
-from guard.evaluation import gradient
+from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, length
 from guard.evaluation.apgd import apgd
 from guard.evaluation.attack import BUDGETS, Attack
 from guard.evaluation.deepfool import deepfool
 from guard.evaluation.gradient import ATTACKS, ascent, fgsm, one_direction, smallest_budget
 from guard.evaluation.log_barrier import log_barrier
 from guard.evaluation.target import Target
+from guard.norms import NORMS, Norm
 from guard.runtime import Detector
 from tests import networks
 
@@ -275,9 +275,9 @@ def test_a_step_along_the_unit_gradient_and_along_its_sign() -> None:
     model, weight, images, labels = linear(2)
     difference = (weight[1] - weight[0]).reshape(SHAPE)
     up = np.where(labels == 0, 1.0, -1.0)[:, None, None, None]
-    exact = {norm: optimum(model, weight, images, norm) for norm in gradient.NORMS}
+    exact = {norm: optimum(model, weight, images, norm) for norm in NORMS}
     steps = {"l2": difference / np.linalg.norm(difference), "linf": np.sign(difference)}
-    for norm in gradient.NORMS:
+    for norm in NORMS:
         budget = 1.1 * float(exact[norm].max())
         found = fgsm(model, images, labels, budget, norm=norm)
         assert found.success.all()

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from guard import attacks
-from guard.attacks import Floats, Labels, Norm
+from guard.attacks import Floats, Labels
 from guard.errors import UsageError
 from guard.evaluation import libraries
 from guard.evaluation.apgd import apgd
 from guard.evaluation.libraries import ATTACKS, Make, Part
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.runtime import Detector
 from guard.statistics import clopper_pearson
 from tests import networks

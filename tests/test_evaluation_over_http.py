@@ -11,13 +11,13 @@ import httpx
 import numpy as np
 import pytest
 
-from guard.attacks import Norm
 from guard.decision import Guard
 from guard.errors import GuardError
 from guard.evaluation import over_http
 from guard.evaluation.over_http import ATTACKS, Answer, Upload
 from guard.evaluation.results import ROUNDING
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.settings import Policy
 from tests.serving import GAIN, SHAPE, write_bundle
 

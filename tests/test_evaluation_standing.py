@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.attacks import Norm
 from guard.evaluation.results import AttackResult, Finished
 from guard.evaluation.standing import headline_budgets, standings
+from guard.norms import Norm
 from guard.shares import share
 
 COUNT = 10

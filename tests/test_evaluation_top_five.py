@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.attacks import FORWARD, GRADIENT, Floats, Labels, Norm, dual_length
+from guard.attacks import FORWARD, GRADIENT, Floats, Labels, dual_length
 from guard.errors import UsageError
 from guard.evaluation import top_five
 from guard.evaluation.target import Target
+from guard.norms import Norm
 from guard.runtime import Detector
 from tests import networks
 

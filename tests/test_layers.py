@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "guard"
 
 # Lowest first. A sub-package stands as one entry; its modules may import one another, without cycles.
 LAYERS = (
-    ("", "errors", "interrupts", "plots", "progress"),
+    ("", "errors", "interrupts", "norms", "plots", "progress"),
     (
         "batching",
         "certificate",
@@ -42,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "torch": {"training", "export", "cli.train", "evaluation.torch_models", "evaluation.libraries"},
     "torchvision": {"training", "export"},
-    "scipy": {"evaluation", "calibration", "statistics"},
+    "scipy": {"evaluation", "calibration"},
     "bentoml": {"service", "routes", "worker"},
     "foolbox": {"evaluation.libraries"},
     "eagerpy": {"evaluation.libraries"},
@@ -68,17 +68,15 @@ def imports_of(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "guard":
-                yield from (f"guard.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def own_imports_of(path: Path) -> set[str]:
     """Modules of this package that a file imports, without the package's name."""
     found = {name for name in imports_of(path) if name.partition(".")[0] == "guard"}
+    inner = {name.removeprefix("guard").lstrip(".") for name in found}
     names = {name_of(module) for module in MODULES}
-    return {inner if (inner := name.removeprefix("guard").lstrip(".")) in names else "" for name in found}
+    return {name if name in names else name.rpartition(".")[0] for name in inner}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

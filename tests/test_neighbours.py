@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from guard import neighbours
 from guard.errors import DataError
-from guard.neighbours import Norm, Pair, lipschitz, separation, stability
+from guard.neighbours import Pair, lipschitz, separation, stability
+from guard.norms import Norm
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from guard.bundle import NormName
 from guard.decision import Guard
+from guard.norms import Norm
 from guard.settings import Policy
 from guard.tables import COLUMNS, Format, flatten, writer
 from tests.serving import write_bundle
@@ -85,7 +85,7 @@ def test_nothing_written_is_still_a_file(kind: Format) -> None:
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_an_unbounded_radius_is_infinite(records: list[dict[str, Any]], norm: NormName) -> None:
+def test_an_unbounded_radius_is_infinite(records: list[dict[str, Any]], norm: Norm) -> None:
     record: dict[str, Any] = json.loads(json.dumps(records[0]))
     record["certificate"][norm] |= {"radius": None, "unbounded": True}
     assert flatten(record)[f"{norm}_radius"] == math.inf

@@ -15,6 +15,9 @@ Folds = Mapping[str, NDArray[np.int64]]
 PASS = 1.4
 """Measuring an image."""
 
+LEADERS = 0.05
+"""The share of images that get a second look, about."""
+
 
 def whole(effort: Effort, folds: Folds, classes: int) -> int:
     """What a whole calibration takes."""
@@ -23,7 +26,7 @@ def whole(effort: Effort, folds: Folds, classes: int) -> int:
     conformal = min(effort.distance_images, len(folds["conformal"]))
     per_norm = (
         omega * (screening(effort) + effort.kept * ascent(effort))
-        + 0.05 * omega * second_look(effort)
+        + LEADERS * omega * second_look(effort)
         + violations * (nearest(effort) + inside(effort))
         + conformal * nearest(effort)
     )

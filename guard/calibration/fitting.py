@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import Differentiable, Floats, Labels, Linear, Norm
+from guard.attacks import Differentiable, Floats, Labels, Linear
 from guard.calibration import extremes
 from guard.calibration.extremes import Extreme
 from guard.certificate import OmegaTable, effective_slope, first_order_radius
 from guard.errors import CalibrationError
+from guard.norms import Norm
 
 Values = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 EPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Grid of the modulus of continuity, in units of each image's first-order radius."""

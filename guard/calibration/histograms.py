@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from guard.bundle import Histogram
 
-Float64 = NDArray[np.float64]
+Values = NDArray[np.float64]
 
 _SPREAD = 2.5  # the scores' even bins end at so many thresholds
 _BINS = 50
@@ -13,7 +13,7 @@ _RADIUS_BINS = 100
 _SMALLEST = 1e-300  # an end below it leaves no room for bins
 
 
-def of_scores(scores: Float64, threshold: float) -> Histogram:
+def of_scores(scores: Values, threshold: float) -> Histogram:
     """Counts of finite scores in even bins up to 2.5 thresholds, and one more bin for those beyond."""
     finite = scores[np.isfinite(scores)]
     end = _SPREAD * threshold if threshold > _SMALLEST else 1.0
@@ -26,7 +26,7 @@ def of_scores(scores: Float64, threshold: float) -> Histogram:
     return Histogram(edges=edges.tolist(), counts=counts.tolist())
 
 
-def of_radii(radii: Float64) -> Histogram:
+def of_radii(radii: Values) -> Histogram:
     """Counts of radii in even bins up to the largest; unbounded ones count in the last."""
     finite = radii[np.isfinite(radii)]
     largest = float(finite.max(initial=0.0))

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks, statistics
-from guard.attacks import Norm
 from guard.bundle import ConformalScale, ExtremeFit, OmegaRecord, RadiusCalibration
 from guard.calibration import cost, fitting, histograms
 from guard.calibration.extremes import Extreme
@@ -17,13 +16,13 @@ from guard.calibration.fitting import FittedOmega
 from guard.calibration.thresholds import Thresholds
 from guard.calibration.work import Work
 from guard.certificate import OmegaTable, effective_slope, first_order_radius, l_bound, omega_radius
-from guard.decision import NORMS
 from guard.errors import CalibrationError
+from guard.norms import NORMS, Norm
 from guard.runtime import Measurement
 from guard.shares import share_at_most
 from guard.stages import Arrays
 
-Float64 = NDArray[np.float64]
+Values = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 SUITE = {norm: [f"minimum-norm {norm}", f"minimum-norm {norm} towards each likely class"] for norm in NORMS}
@@ -39,12 +38,18 @@ class Measured:
     report: Measurement
 
 
-def calibrate(work: Work, norm: Norm, measured: Measured, thresholds: Thresholds) -> RadiusCalibration:
+def fit(work: Work, norm: Norm, measured: Measured, thresholds: Thresholds) -> RadiusCalibration:
     """The radii's parameters in one norm, and what attacks on accepted report images make of them.
 
-    Raises `CalibrationError` where the thresholds accept no report image.
+    Omega and L are estimates; the scales are conformal, relative to `SUITE`; violations are measured on the
+    fold `report`, which nothing was fitted to. Raises `CalibrationError` where the thresholds accept no
+    report image, or no image has a first-order radius.
     """
     effort, report = work.effort, measured.report
+    rejected = thresholds.rejects(report)
+    accepted = np.flatnonzero(~rejected)
+    if not len(accepted):
+        raise CalibrationError("the detector rejects every report image; its threshold is of no use.")
     known = _finite(_slope(measured.radii, norm))
     typical = float(np.median(known)) if len(known) else 0.0
     slopes, fitted, change = _fit_omega(work, norm, measured.radii, typical)
@@ -53,18 +58,14 @@ def calibrate(work: Work, norm: Norm, measured: Measured, thresholds: Thresholds
 
     slope = _slope(report, norm, typical)
     radius = omega_radius(report.margin, slope, fitted.table)
-    rejected = thresholds.rejects(report)
-    accepted = np.flatnonzero(~rejected)
-    if not len(accepted):
-        raise CalibrationError("the detector rejects every report image; its threshold is of no use.")
     tried = accepted[: effort.violation_images]
-    indices = work.folds["report"][tried]
+    indices, limit = work.folds["report"][tried], radius[tried]
     distance = _nearest(work, f"distances-{norm}", norm, indices)
     # What `nearest` left unbroken is attacked from inside its radius, on another loss.
-    rows = np.flatnonzero(distance >= radius[tried])
-    distance[rows] = np.minimum(distance[rows], _inside(work, norm, indices[rows], radius[tried[rows]]))
-    usable, reached = _finite(radius[tried]), np.isfinite(distance) & np.isfinite(radius[tried])
-    near = float(radius[tried][reached].mean()) if reached.any() else 0.0
+    rows = np.flatnonzero(distance >= limit)
+    distance[rows] = np.minimum(distance[rows], _inside(work, norm, indices[rows], limit[rows]))
+    usable, reached = _finite(limit), np.isfinite(distance) & np.isfinite(limit)
+    near = float(limit[reached].mean()) if reached.any() else 0.0
     mean_distance = float(distance[reached].mean()) if reached.any() else 0.0
     first_order = first_order_radius(report.margin, slope)
     stated = [np.minimum(scale.kappa * first_order, fitted.table.reach.max()) for scale in scales]
@@ -80,10 +81,10 @@ def calibrate(work: Work, norm: Norm, measured: Measured, thresholds: Thresholds
     return RadiusCalibration(
         lipschitz=lipschitz.value,
         slope=typical,
-        lipschitz_fit=record(lipschitz),
+        lipschitz_fit=_record(lipschitz),
         omega=_omega_record(fitted.table),
-        omega_fits=[[record(fit) for fit in row] for row in fitted.fits],
-        violations=share_at_most(distance < radius[tried]),
+        omega_fits=[[_record(fit) for fit in row] for row in fitted.fits],
+        violations=share_at_most(distance < limit),
         mean_radius=float(usable.mean()) if len(usable) else 0.0,
         mean_distance=mean_distance,
         tightness=near / mean_distance if mean_distance else 0.0,
@@ -110,13 +111,13 @@ def calibrate(work: Work, norm: Norm, measured: Measured, thresholds: Thresholds
             ),
         },
         conformal=judged,
-        histogram=histograms.of_radii(np.where(rejected, 0.0, [*stated, radius][0])),
+        histogram=histograms.of_radii(np.where(rejected, 0.0, (stated or [radius])[0])),  # the first served
     )
 
 
 def _fit_omega(
-    work: Work, norm: Norm, clean: Measurement, typical: float
-) -> tuple[Float64, FittedOmega, dict[str, Any]]:
+    work: Work, norm: Norm, measured: Measurement, typical: float
+) -> tuple[Values, FittedOmega, dict[str, Any]]:
     """Longest gradients met (B,), the table, and what a second look with twice the effort changed."""
     effort, detector, stages = work.effort, work.detector, work.stages
     indices = work.folds["radii"][: effort.omega_images]
@@ -124,7 +125,7 @@ def _fit_omega(
 
     def screening(part: Int64) -> Arrays:
         images = work.pixels(part)
-        margin, _, value, slope, shift = fitting.screen(
+        _, _, value, slope, shift = fitting.screen(
             detector,
             images,
             norm,
@@ -134,10 +135,10 @@ def _fit_omega(
             typical=typical,
         )
         # Half precision is enough for a start, and halves the largest of the kept arrays.
-        return {"margin": margin, "value": value, "slope": slope, "shift": shift.astype(np.float16)}
+        return {"value": value, "slope": slope, "shift": shift.astype(np.float16)}
 
     screened = stages.run(f"omega-{norm}-screen", indices, screening, cost=cost.screening(effort))
-    some = clean[: len(indices)]
+    some = measured[: len(indices)]
     plan = fitting.layout(first_order_radius(some.margin, _slope(some, norm, typical)), effort)
 
     def ascent(part: Int64) -> Arrays:
@@ -209,7 +210,7 @@ def _conformal_scales(
     ]
 
 
-def _nearest(work: Work, name: str, norm: Norm, indices: Int64) -> Float64:
+def _nearest(work: Work, name: str, norm: Norm, indices: Int64) -> Values:
     """Distances (B,) of the nearest images of another class that minimum-norm attacks find."""
     effort, detector = work.effort, work.detector
 
@@ -223,7 +224,7 @@ def _nearest(work: Work, name: str, norm: Norm, indices: Int64) -> Float64:
     return np.asarray(found["distance"], dtype=np.float64)
 
 
-def _inside(work: Work, norm: Norm, indices: Int64, radius: Float64) -> Float64:
+def _inside(work: Work, norm: Norm, indices: Int64, radius: Values) -> Values:
     """Distances (B,) of images of another class that PGD finds inside the radii (B,), else infinite."""
     effort, detector = work.effort, work.detector
     limit = {int(index): float(value) for index, value in zip(indices, radius, strict=True)}
@@ -247,19 +248,17 @@ def _inside(work: Work, norm: Norm, indices: Int64, radius: Float64) -> Float64:
     return np.asarray(found.get("distance", np.empty(0)), dtype=np.float64)
 
 
-def _slope(measured: Measurement, norm: Norm, typical: float = 0.0) -> Float64:
+def _slope(measured: Measurement, norm: Norm, typical: float = 0.0) -> Values:
     """The margin's slope (B,), as radii take it; with `typical` 0 the dual norm of its gradient."""
-    chosen = measured.gradient_l2 if norm == "l2" else measured.gradient_l1
-    return effective_slope(measured.logits, np.asarray(chosen, dtype=np.float64), typical)
+    return effective_slope(measured.logits, measured.slope(norm), typical)
 
 
-def _finite(values: Float64) -> Float64:
+def _finite(values: Values) -> Values:
     """The finite ones of them."""
     return values[np.isfinite(values)]
 
 
-def record(fit: Extreme) -> ExtremeFit:
-    """The fit as `calibration.json` has it."""
+def _record(fit: Extreme) -> ExtremeFit:
     return ExtremeFit(**asdict(fit))
 
 

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guard import bundle, data, statistics
-from guard.bundle import CALIBRATION, CARD, MODEL, Bundle, Calibration, PredictedShare, ScoreName
+from guard.bundle import CALIBRATION, CARD, MODEL, Bundle, Calibration, ExtremeFit, PredictedShare, ScoreName
 from guard.calibration import cost, histograms, radii, thresholds
 from guard.calibration.fitting import Effort
 from guard.calibration.work import Settings, Work, folds_of
 from guard.card import with_calibration
 from guard.data import Dataset
-from guard.decision import NORMS
 from guard.errors import BundleError, CalibrationError
 from guard.files import atomic_folder, provenance, write_bytes, write_text
 from guard.guarded import GRAPH_VERSION
+from guard.norms import NORMS
 from guard.progress import Progress
 from guard.runtime import Detector
 from guard.shares import share
 from guard.stages import Stages
 
-STAGES_VERSION = 6
+STAGES_VERSION = 7
 """Raised whenever a stage computes something else: an interrupted run of another version starts anew."""
 
 
@@ -110,8 +110,7 @@ def rescored(
 
 
 def _check(dataset: Dataset, found: Bundle, settings: Settings) -> None:
-    shape = found.manifest.input
-    data.check_shape(dataset, (shape.channels, shape.height, shape.width))
+    data.check_shape(dataset, found.manifest.input.shape)
     parts = data.folds(len(dataset), settings.seed)
     if any(not len(part) for part in parts.values()):
         raise CalibrationError(
@@ -135,7 +134,7 @@ def _calibrated(work: Work, found: Bundle, arguments: Mapping[str, Any]) -> Cali
     report = thresholds.measure(work, "report", chosen)
     conformal = thresholds.measure(work, "conformal", chosen)
     measured = radii.Measured(reference, conformal, report)
-    by_norm = {norm: radii.calibrate(work, norm, measured, chosen) for norm in NORMS}
+    by_norm = {norm: radii.fit(work, norm, measured, chosen) for norm in NORMS}
     accuracy = None
     if dataset.labels is not None:
         accuracy = share(report.labels == dataset.labels[folds["report"]])
@@ -157,7 +156,7 @@ def _calibrated(work: Work, found: Bundle, arguments: Mapping[str, Any]) -> Cali
         realized_fpr=share(chosen.rejects(report)),
         accuracy=accuracy,
         row_bound=chosen.row_bound,
-        row_fit=radii.record(rows),
+        row_fit=ExtremeFit(**asdict(rows)),
         agreement=thresholds.agreement(work, chosen),
         histogram=histograms.of_scores(scores, chosen.value),
         l2=by_norm["l2"],

@@ -11,7 +11,7 @@ from guard import attacks, statistics
 from guard.bundle import Agreement, ScoreName, ScoreThreshold
 from guard.calibration import cost, fitting
 from guard.calibration.extremes import Extreme
-from guard.calibration.work import Work
+from guard.calibration.work import Settings, Work
 from guard.certificate import first_order_radius
 from guard.decision import ratio
 from guard.guarded import Score
@@ -19,7 +19,7 @@ from guard.runtime import Detector, Measurement, score_of
 from guard.stages import Arrays
 
 Flags = NDArray[np.bool_]
-Float64 = NDArray[np.float64]
+Values = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 TESTS: tuple[Literal["jacobian", "radius"], ...] = ("jacobian", "radius")
@@ -59,12 +59,8 @@ class Thresholds:
 
     def rejects(self, measured: Measurement) -> Flags:
         """Rejections (B,), as `guard.decision` has them."""
-        numbers = np.column_stack(
-            [measured.logits, measured.margin, measured.gradient_l2, measured.gradient_l1]
-        )
-        passed = [np.isfinite(numbers).all(axis=1)]
-        passed += [score_of(measured, name) <= threshold for name, threshold in self.tests.items()]
-        rejected: Flags = ~np.all(passed, axis=0)
+        passed = [score_of(measured, name) <= threshold for name, threshold in self.tests.items()]
+        rejected: Flags = ~np.all([measured.finite, *passed], axis=0)
         return rejected
 
 
@@ -80,13 +76,13 @@ def measure(
     return Measurement(**work.stages.run(f"{stage}-{fold}", work.folds[fold], piece, cost=cost.PASS))
 
 
-def fit_rows(work: Work, clean: Measurement) -> Extreme:
-    """G: how long u_i gets, at images of the fold `radii` and under attack; `agreement` checks what hangs on
-    it.
+def fit_rows(work: Work, measured: Measurement) -> Extreme:
+    """G: how long u_i gets, at images of the fold `radii` and under attack. Status: estimate; `agreement`
+    checks what hangs on it.
     """
     effort = work.effort
     indices = work.folds["radii"][: effort.row_images]
-    radius = first_order_radius(clean.margin, clean.gradient_l2)
+    radius = first_order_radius(measured.margin, measured.gradient_l2)
     usable = radius[np.isfinite(radius) & (radius > 0)]
     eps = float(np.median(usable)) if len(usable) else 0.0
 
@@ -101,28 +97,27 @@ def fit_rows(work: Work, clean: Measurement) -> Extreme:
 
 def fit(
     work: Work, clean: Measurement, reference: Measurement, row_bound: float
-) -> tuple[Thresholds, Float64]:
+) -> tuple[Thresholds, Values]:
     """The thresholds, and the scores (n,) that they come from: measured are the folds `threshold` and, as a
     reference where tests are several, `radii`.
+
+    Conformal, for clean images exchangeable with the fold `threshold`: a rejection has at most probability
+    `fpr`, on average over calibration sets or for a share 1 - `delta` of them (`Settings.guarantee`). Raises
+    `CalibrationError` where scores are not finite.
 
     The threshold is that of the full Jacobian's scores, though most rows are never computed: rows beyond
     the first two are computed for images at or below the threshold that could lie above it, and again
     for the threshold that follows, until it stays where it is. Then exactly those images lie at or below
     it whose full Jacobian does.
     """
-    score = work.settings.score
+    settings, score = work.settings, work.settings.score
     scores, levels = _columns(score, clean), _columns(score, reference)
-
-    def from_scores() -> Thresholds:
-        return Thresholds(score, _conformal(work, scores, levels), row_bound)
-
-    found = from_scores()
-    look = 0
+    found, look = _from_scores(settings, scores, levels, row_bound), 0
     while counts_rows(score):
         before, look = found, look + 1
         decided = measure(work, "threshold", before, stage=f"rows-{look}")
         scores = np.maximum(scores, _columns(score, decided))
-        found = from_scores()
+        found = _from_scores(settings, scores, levels, row_bound)
         if found == before:
             break
     if score == "combined":
@@ -131,19 +126,21 @@ def fit(
     return found, scores.ravel()
 
 
-def _columns(score: ScoreName, measured: Measurement) -> Float64:
+def _columns(score: ScoreName, measured: Measurement) -> Values:
     """Scores (B, T) of the score's tests."""
     names: tuple[Score, ...] = TESTS if score == "combined" else (score,)
     return np.stack([score_of(measured, name) for name in names], axis=1)
 
 
-def _conformal(work: Work, scores: Float64, levels: Float64) -> dict[Score, float]:
-    """The tests' thresholds from the scores (n, T) of the threshold fold; `levels` are for several tests."""
-    score, fpr, risk = work.settings.score, work.settings.fpr, work.settings.risk
+def _from_scores(settings: Settings, scores: Values, levels: Values, row_bound: float) -> Thresholds:
+    """From the scores (n, T) of the threshold fold; `levels` are for several tests."""
+    score, fpr, risk = settings.score, settings.fpr, settings.risk
     if score != "combined":
-        return {score: statistics.conformal_threshold(scores, fpr, risk)}
-    thresholds, _ = statistics.joint_thresholds(levels, scores, fpr, risk)
-    return dict(zip(TESTS, thresholds.tolist(), strict=True))
+        tests: dict[Score, float] = {score: statistics.conformal_threshold(scores, fpr, risk)}
+    else:
+        thresholds, _ = statistics.joint_thresholds(levels, scores, fpr, risk)
+        tests = dict(zip(TESTS, thresholds.tolist(), strict=True))
+    return Thresholds(score, tests, row_bound)
 
 
 def agreement(work: Work, thresholds: Thresholds) -> list[Agreement]:

@@ -9,8 +9,8 @@ from guard.cli.options import Subparsers, add_command, emit
 from guard.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from guard.attacks import Norm
     from guard.evaluation.report.reading import Evaluation
+    from guard.norms import Norm
 
 
 def add_parser(subparsers: Subparsers) -> None:

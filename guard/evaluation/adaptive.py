@@ -16,7 +16,6 @@ from guard.attacks import (
     Floats,
     Found,
     Labels,
-    Norm,
     column,
     falling,
     length,
@@ -44,6 +43,7 @@ from guard.evaluation.attack import SCORES, Attack, knowing, named
 from guard.evaluation.carlini_wagner import INSIDE
 from guard.evaluation.served import DESCENT, JUDGED, Judged, descent, judge
 from guard.evaluation.target import Classifier, Target, Values
+from guard.norms import Norm
 
 OUTWARD = (1.02, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 """Multiples of the distance to the nearest wrong image at which accepted ones are looked for."""

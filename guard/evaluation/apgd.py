@@ -13,7 +13,6 @@ from guard.attacks import (
     Floats,
     Found,
     Labels,
-    Norm,
     column,
     misclassified,
     project,
@@ -22,6 +21,7 @@ from guard.attacks import (
 )
 from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier, Flags
+from guard.norms import Norm
 
 AscentLoss = Literal["cross-entropy", "dlr", "margin"]
 

@@ -17,7 +17,6 @@ from guard.attacks import (
     Found,
     Labels,
     Loss,
-    Norm,
     column,
     falling,
     length,
@@ -30,6 +29,7 @@ from guard.attacks import (
 from guard.bundle import ScoreName
 from guard.evaluation.served import Judged, judge
 from guard.evaluation.target import Classifier, Flags, Target, Values
+from guard.norms import Norm
 
 
 @dataclass(frozen=True)

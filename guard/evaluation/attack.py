@@ -6,9 +6,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Literal, Protocol, get_args
 
-from guard.attacks import Floats, Found, Labels, Norm
+from guard.attacks import Floats, Found, Labels
 from guard.bundle import ScoreName
 from guard.evaluation.target import Target
+from guard.norms import Norm
 
 Knowledge = Literal["gradients", "scores", "decisions", "another network", "nothing"]
 

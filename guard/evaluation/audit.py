@@ -12,14 +12,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from guard import attacks
-from guard.attacks import Differentiable, Floats, Norm, column
+from guard.attacks import Differentiable, Floats, column
 from guard.bundle import Bundle
 from guard.calibration import fitting
 from guard.calibration.fitting import EPS, Effort
 from guard.certificate import OmegaTable, Radius, first_order_radius, l_bound, omega_radius
-from guard.decision import NORMS, Guard
+from guard.decision import Guard
 from guard.evaluation.results import RadiusAudit
 from guard.evaluation.target import Flags, Target, Values
+from guard.norms import NORMS, Norm
 from guard.runtime import Measurement
 from guard.shares import share_at_most
 from guard.stages import Arrays
@@ -29,6 +30,14 @@ DIRECTIONS = 4
 
 RANDOM_PASSES = 1 + 3 + DIRECTIONS * len(EPS)
 """Cost of `random_remainders` per image in forward passes."""
+
+STEPS = 20
+"""Of the attacks that start inside radii."""
+
+
+def inside_passes(restarts: int) -> int:
+    """Cost of `attacks_inside` per image in forward passes, about."""
+    return 3 * (60 + 3 * restarts * (STEPS + 1))
 
 
 def radii(
@@ -54,7 +63,7 @@ def radii(
     found = []
     for norm, distance in distances.items():
         margin = measurement.margin[accepted].astype(np.float64)
-        slope = _slope(measurement, norm)[accepted]
+        slope = measurement.slope(norm)[accepted]
         ablations = {
             "L-bound": l_bound(margin, calibration.radii(norm).lipschitz),
             "first-order": first_order_radius(margin, slope),
@@ -104,7 +113,6 @@ def attacks_inside(
     measurement: Measurement,
     norm: Norm,
     *,
-    steps: int = 20,
     restarts: int = 2,
     seed: int = 0,
 ) -> Values:
@@ -114,7 +122,7 @@ def attacks_inside(
     leave out; merge them with those by `np.minimum` before the audit. First `attacks.nearest`, then
     `attacks.inside` of every radius that the bundle serves and that is not broken yet, the largest first, and
     smaller ones only where a larger one broke; with `restarts` 0 not at all. Rejected images are left alone
-    (inf). Costs about 60 gradients per image and 3 `restarts` (`steps` + 1) more, rarely twice that.
+    (inf). Rarely costs twice `inside_passes`.
     """
     guard = target.guards[bundle.calibrated().score]
     accepted = _accepted(guard, measurement)
@@ -133,7 +141,7 @@ def attacks_inside(
                 labels[rows],
                 values[rows],
                 norm=norm,
-                steps=steps,
+                steps=STEPS,
                 restarts=restarts,
                 seed=seed,
             )
@@ -184,9 +192,3 @@ def _error_of_ratio(values: Values, distance: Values, ratio: float) -> float:
 
 def _accepted(guard: Guard, measurement: Measurement) -> Flags:
     return np.array([decision.accepted for decision in guard.decide(measurement)], np.bool_)
-
-
-def _slope(measurement: Measurement, norm: Norm) -> Values:
-    """Dual norm of the margin's gradient, (n,)."""
-    chosen = measurement.gradient_l2 if norm == "l2" else measurement.gradient_l1
-    return np.asarray(chosen, dtype=np.float64)

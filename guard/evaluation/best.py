@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Floats, Found, Norm, length
+from guard.attacks import Floats, Found, length
+from guard.norms import Norm
 
 Rows = NDArray[np.intp]
 Flags = NDArray[np.bool_]

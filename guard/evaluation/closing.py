@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from guard import data
-from guard.attacks import Labels, Norm
+from guard.attacks import Labels
 from guard.bundle import Bundle
 from guard.certificate import OmegaTable
-from guard.decision import NORMS
 from guard.evaluation import audit, masking
 from guard.evaluation.attack import BUDGETS
 from guard.evaluation.folder import Folder
 from guard.evaluation.results import Check, RadiusAudit
 from guard.evaluation.sample import Sample
 from guard.evaluation.target import Flags, Target, Values
+from guard.norms import NORMS, Norm
 from guard.progress import Progress
 from guard.runtime import Measurement
 from guard.stages import PIECE, Arrays
@@ -32,8 +32,6 @@ LAST = ("signs of masked gradients", "audit of the radii")
 
 PROBED, PROBED_QUICK = 100, 32
 """Images that the masking checks' own attacks are run on."""
-
-_NEAREST, _INSIDE = 3 * 60, 3 * 3 * 2 * 21  # passes of the attacks aimed at radii: nearest, and from inside
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Closing:
         passes = 0 if self._kept_probes() else len(self._probe_key()["row"]) * masking.PASSES
         for norm in NORMS:
             if not self._kept_distance(norm):
-                passes += self._radii_passes() * len(self.sample)
+                passes += audit.inside_passes(self._restarts) * len(self.sample)
             if self._ablates and not self._kept_remainders(norm):
                 passes += audit.RANDOM_PASSES * len(self._random_fold())
         return passes
@@ -137,14 +135,11 @@ class Closing:
         kept = self._kept_distance(norm)
         if not kept:
             with self.folder.stages(f"radii {norm}", progress, restarts=restarts) as stages:
-                rows, cost = np.arange(len(self.sample)), self._radii_passes()
+                rows, cost = np.arange(len(self.sample)), audit.inside_passes(self._restarts)
                 kept = stages.run(f"radii {norm}", rows, piece, cost=cost)
                 kept |= {"restarts": np.array(restarts)}
                 self.folder.save(f"radii-{norm}.npz", kept)
         return np.asarray(kept["distance"], np.float64)
-
-    def _radii_passes(self) -> int:
-        return _NEAREST if self.quick else _NEAREST + _INSIDE
 
     def _kept_distance(self, norm: Norm) -> Arrays:
         kept = self.folder.kept(f"radii-{norm}.npz", "distance", "restarts")

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, signal
 
-from guard.attacks import Floats, Found, Labels, Norm, length, misclassified, random_directions
+from guard.attacks import Floats, Found, Labels, length, misclassified, random_directions
 from guard.errors import DataError
 from guard.evaluation.attack import BUDGETS, Attack, bound
 from guard.evaluation.target import Target
+from guard.norms import Norm
 
 Doubles = NDArray[np.float64]
 Setting = TypeVar("Setting")

@@ -9,7 +9,6 @@ from guard.attacks import (
     Floats,
     Found,
     Labels,
-    Norm,
     column,
     dual_length,
     misclassified,
@@ -17,6 +16,7 @@ from guard.attacks import (
 )
 from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier
+from guard.norms import Norm
 
 
 def deepfool(

@@ -4,12 +4,13 @@ from typing import get_args
 
 import numpy as np
 
-from guard.attacks import Floats, Found, Labels, Norm, falling, minimum_norm, project
+from guard.attacks import Floats, Found, Labels, falling, minimum_norm, project
 from guard.bundle import ScoreName
 from guard.evaluation.ascent import Kept, moved, nearest_passes
 from guard.evaluation.attack import SCORES, Attack, knowing
 from guard.evaluation.served import DESCENT, JUDGED, descent, judge
 from guard.evaluation.target import Target, Values
+from guard.norms import Norm
 
 
 def deny(

@@ -61,10 +61,10 @@ class Folder:
         Raises `UsageError` where they are of something else, also made on another twin than `twin`, and
         `DataError` where they cannot be read.
         """
-        begun = (self.path / SETTINGS).is_file()
-        if not begun and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        exists = (self.path / SETTINGS).is_file()
+        if not exists and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UsageError(f"--out {self.path}: holds files but no evaluation. Choose a new folder.")
-        folders = [(f"--out {self.path}", self.path)] * begun
+        folders = [(f"--out {self.path}", self.path)] * exists
         folders += [(f"--join {folder}", folder) for folder in joined]
         for where, folder in folders:
             self._check_settings(where, folder)
@@ -79,7 +79,7 @@ class Folder:
                         f"{_short(twin)}. Choose another folder."
                     )
                 copied += [one] * (folder is not self.path)
-        if not begun:
+        if not exists:
             write_text(self.path / SETTINGS, json.dumps(self.identity, indent=1) + "\n")
         for one in copied:
             self.save(one.result.file, one.arrays)

@@ -20,7 +20,6 @@ from guard.attacks import (
     Found,
     Labels,
     Loss,
-    Norm,
     column,
     misclassified,
     onto_boundary,
@@ -33,8 +32,7 @@ from guard.evaluation.carlini_wagner import carlini_wagner
 from guard.evaluation.deepfool import deepfool
 from guard.evaluation.log_barrier import NOISES, log_barrier
 from guard.evaluation.target import Classifier, Target
-
-NORMS: tuple[Norm, Norm] = ("l2", "linf")
+from guard.norms import Norm
 
 Budgets = NDArray[np.float64]
 

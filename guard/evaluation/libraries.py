@@ -20,11 +20,12 @@ from unittest import mock
 import numpy as np
 
 from guard import attacks
-from guard.attacks import Floats, Found, Labels, Norm, column, length, misclassified
+from guard.attacks import Floats, Found, Labels, column, length, misclassified
 from guard.errors import UsageError
 from guard.evaluation import wasserstein
 from guard.evaluation.attack import Attack, Run
 from guard.evaluation.target import Classifier, Flags, Target
+from guard.norms import Norm
 
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
 Make = Callable[[], Any]

@@ -12,7 +12,6 @@ from guard.attacks import (
     Floats,
     Found,
     Labels,
-    Norm,
     column,
     dual_length,
     length,
@@ -23,6 +22,7 @@ from guard.attacks import (
 )
 from guard.evaluation.best import Best
 from guard.evaluation.target import Classifier
+from guard.norms import Norm
 
 SHRINK = 0.75
 """Factor of the barrier's weight from one outer loop to the next (the authors' beta)."""

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from guard import attacks
-from guard.attacks import Differentiable, Floats, Labels, Norm, column, misclassified, random_directions
+from guard.attacks import Differentiable, Floats, Labels, column, misclassified, random_directions
 from guard.evaluation.attack import QUERIES, Knowledge
 from guard.evaluation.results import Check, Finished, Flags
+from guard.norms import Norm
 from guard.stages import Arrays
 
 STEPS = (1, 5, 20, 80)

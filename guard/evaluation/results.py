@@ -5,8 +5,8 @@ results.json          `Results`
 clean.npz             `CLEAN` arrays of all evaluated images, in the order of `Results.images`
 attacks/NAME.npz      `ARRAYS` of one attack at one budget, over the images it was run on
 scores/SCORE.json     `Calibration` of a score that the bundle does not serve
-masking.npz           `guard.evaluation.masking.probe`
-radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none
+masking.npz           `guard.evaluation.masking.probe`, of which rows and at which `budget-NORM`
+radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none; their `restarts`
 omega-random-NORM.npz `guard.evaluation.audit.random_remainders` of images of the radii fold
 
 results.json is written anew before every attack and at the end, so that a run that was stopped can be read
@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from scipy import optimize
 
-from guard.attacks import Norm
 from guard.bundle import Record, ScoreName, Share
 from guard.errors import DataError
 from guard.evaluation.attack import Knowledge
+from guard.norms import Norm
 from guard.shares import share
 from guard.stages import Arrays
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from guard import bundle as bundles
 from guard import data
-from guard.attacks import FORWARD, Found, Labels, Norm
+from guard.attacks import FORWARD, Found, Labels
 from guard.bundle import Bundle, Calibration, ScoreName
 from guard.calibration import cost
 from guard.calibration.run import rescored
@@ -53,6 +53,7 @@ from guard.evaluation.served import JUDGED
 from guard.evaluation.target import Flags, Target
 from guard.files import locked, provenance, write_bytes
 from guard.guarded import GRAPH_VERSION
+from guard.norms import Norm
 from guard.progress import Progress, duration
 from guard.runtime import Detector
 from guard.settings import Policy
@@ -150,7 +151,6 @@ class _Run:
         self.found = bundles.load(folder, graph_version=GRAPH_VERSION)
         self.calibration = self.found.calibrated()
         self.settings, self.twin, self.joined = settings, twin, joined
-        self.provider, self.threads = provider, threads
         self.command, self.arguments = command, arguments or {}
         self.policy = Policy.from_environment()
         served = self.calibration.score
@@ -193,7 +193,7 @@ class _Run:
         for key in asked.keys() & done.keys():
             self.folder.compare(asked[key].attack, done[key])
         left = [task for key, task in asked.items() if key not in done]
-        self.alone = len({task.attack.name for task in tasks}) == 1
+        alone = len({task.attack.name for task in tasks}) == 1
         for attack in {task.attack.name: task.attack for task in left}.values():
             self.folder.left_out.pop(attack.name, None)
             if not attack.installed:
@@ -214,7 +214,7 @@ class _Run:
         with Progress(total, "evaluate", silent=silent or not total) as progress:
             for at, task in enumerate(left):
                 self._write([*map(_outstanding, left[at:]), *LAST])
-                self._attack(task, progress)
+                self._attack(task, progress, alone=alone)
             if left:
                 self._write(LAST)
             self.checks = closing.checks(progress)
@@ -249,7 +249,9 @@ class _Run:
             calibration = self._calibration(score, silent=silent)
         detector = self.model
         if score != detector.score:
-            detector = Detector(self.found.model, score=score, provider=self.provider, threads=self.threads)
+            detector = Detector(
+                self.found.model, score=score, provider=self.model.provider, threads=self.model.threads
+            )
         bundle = Bundle(self.found.path, self.found.manifest, calibration)
         return Guard(bundle, detector, self.policy)
 
@@ -266,7 +268,12 @@ class _Run:
             self.folder.stages(f"calibrate {score}", progress) as stages,
         ):
             found = rescored(
-                self.found, self.sample.dataset, score, stages, provider=self.provider, threads=self.threads
+                self.found,
+                self.sample.dataset,
+                score,
+                stages,
+                provider=self.model.provider,
+                threads=self.model.threads,
             )
             write_bytes(path, bundles.dump(found))
         return found
@@ -327,7 +334,8 @@ class _Run:
         """Passes per image at most, with those that judging it takes."""
         return attack.passes + FORWARD + JUDGED * (len(self.scores) + 1)
 
-    def _attack(self, task: Task, progress: Progress) -> None:
+    def _attack(self, task: Task, progress: Progress, *, alone: bool) -> None:
+        """Runs it and keeps what it found; one that cannot take the model is left out; `alone` it raises."""
         attack = task.attack
         eligible = self._eligible(task)
         if attack.name in self.folder.left_out:
@@ -359,7 +367,7 @@ class _Run:
                 arrays = stages.run(attack.name, rows, piece, cost=self._cost(attack), size=size)
                 arrays = arrays or self._spared(task)
             except (UsageError, DataError) as error:  # it cannot take this model, or these images
-                if self.alone:
+                if alone:
                     raise
                 self.folder.leave_out(attack, str(error))
                 progress.advance(len(rows) * self._cost(attack), attack.name, free=True)
@@ -445,7 +453,7 @@ class _Run:
         seconds = sum(one.result.seconds for one in self.folder.all)
         return Results(
             command=self.command,
-            hardware=hardware(self.target.model, self.threads),
+            hardware=hardware(self.model),
             seconds=seconds,
             bundle={
                 "name": found.manifest.name,
@@ -518,7 +526,7 @@ def _outstanding(task: Task) -> str:
     return words.attack_at(task.attack.name, task.budget, task.attack.norm)
 
 
-def hardware(model: object, threads: int) -> str:
+def hardware(detector: Detector) -> str:
     """What the run was computed on, in a few words."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -526,6 +534,6 @@ def hardware(model: object, threads: int) -> str:
         lines = info.read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = threads or usable
-    cuda = " with CUDA" if getattr(model, "provider", "cpu") == "cuda" else ""
+    cores = detector.threads or usable
+    cuda = " with CUDA" if detector.provider == "cuda" else ""
     return f"{cores} {'thread' if cores == 1 else 'threads'} of {name}{cuda}"

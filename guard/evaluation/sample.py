@@ -65,8 +65,7 @@ class Sample:
 
 
 def _check(dataset: Dataset, found: Bundle) -> None:
-    shape = found.manifest.input
-    data.check_shape(dataset, (shape.channels, shape.height, shape.width))
+    data.check_shape(dataset, found.manifest.input.shape)
     training = found.manifest.provenance.get("training") or {}
     trained_on = (training.get("data") or {}).get("digest") if isinstance(training, dict) else None
     if trained_on == dataset.digest:

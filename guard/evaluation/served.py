@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import GRADIENT, TINY, Floats, Labels, Norm, column, growth, length, misclassified
+from guard.attacks import GRADIENT, TINY, Floats, Labels, column, growth, length, misclassified
 from guard.bundle import ScoreName
 from guard.certificate import effective_slope
 from guard.decision import Guard
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
+from guard.norms import Norm
 from guard.runtime import Measurement, score_of
 
 ROWS = 3
@@ -142,7 +143,7 @@ def _radius_descent(
     typical = guard.calibration.radii(norm).slope
     if typical == 0 or measured.logits.shape[1] < 3:
         return up
-    size = (measured.gradient_l2 if norm == "l2" else measured.gradient_l1).astype(np.float64)
+    size = measured.slope(norm)
     share = (size / np.maximum(effective_slope(measured.logits, size, typical), TINY)) ** 2
     index, order = np.arange(len(images)), np.argsort(-measured.logits, axis=1, kind="stable")
     cotangents = np.zeros_like(measured.logits)

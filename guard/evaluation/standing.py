@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from guard.attacks import Norm
 from guard.bundle import ScoreName
-from guard.decision import NORMS
 from guard.evaluation.results import Finished, Standing, Subset
 from guard.evaluation.target import Flags
+from guard.norms import NORMS, Norm
 from guard.shares import share
 from guard.stages import Arrays
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.errors import UsageError
 from guard.evaluation import (
@@ -21,6 +20,7 @@ from guard.evaluation import (
 )
 from guard.evaluation.attack import QUERIES, Attack
 from guard.evaluation.target import Classifier
+from guard.norms import Norm
 
 MODULES = (gradient, adaptive, libraries, unseen, controls, over_http, top_five)
 """Modules of attacks, each with `ATTACKS`."""

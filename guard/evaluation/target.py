@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.attacks import Floats, Labels, WithRows
-from guard.bundle import NormName, ScoreName
+from guard.bundle import ScoreName
 from guard.decision import Guard
+from guard.norms import Norm
 from guard.runtime import Measurement
 
 Flags = NDArray[np.bool_]
@@ -34,7 +35,7 @@ class Verdict:
     labels: Labels
     accepted: Flags
     ratio: Values
-    radii: Mapping[NormName, Values]
+    radii: Mapping[Norm, Values]
     measurement: Measurement
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import attacks
-from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, Norm, ranked
+from guard.attacks import FORWARD, GRADIENT, Floats, Found, Labels, Loss, ranked
 from guard.errors import UsageError
 from guard.evaluation.attack import BUDGETS, Attack, bound
-from guard.evaluation.gradient import NORMS, smallest_budget
+from guard.evaluation.gradient import smallest_budget
 from guard.evaluation.target import Classifier, Target
+from guard.norms import NORMS, Norm
 
 FIVE = 5
 STEPS = 20

@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from guard.attacks import Floats, Found, Labels, Norm, misclassified, others
+from guard.attacks import Floats, Found, Labels, misclassified, others
 from guard.bundle import ScoreName
 from guard.evaluation.ascent import (
     DEEP,
@@ -21,6 +21,7 @@ from guard.evaluation.ascent import (
 from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
 from guard.evaluation.served import judge
 from guard.evaluation.target import Classifier, Target, Values
+from guard.norms import Norm
 
 
 def transfer(

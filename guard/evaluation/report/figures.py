@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import plots
-from guard.attacks import Norm
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import Attacked, Evaluation, Flags, Values
 from guard.evaluation.report.tables import SOURCES, source_of
+from guard.norms import NORMS, Norm
 from guard.plots import Frame, Points
-
-NORMS: tuple[Norm, Norm] = ("l2", "linf")
 
 _FLOOR = 1e-4
 _BINS = 28

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from guard.attacks import Norm
 from guard.bundle import ScoreName
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import MANY_CLASSES, Evaluation, plain
 from guard.evaluation.results import Results, Standing
+from guard.norms import Norm
 
 TOP_5 = "top 5"
 FAMILIES = {
@@ -49,10 +49,12 @@ def name(evaluation: Evaluation) -> str:
 
 
 def commands(evaluation: Evaluation) -> list[str]:
-    """The command lines behind the numbers, in order: attacks may have been added by later ones."""
+    """The command lines that ran the attacks, and at last the one that put them all together."""
     results = evaluation.results
     run = [str(one.settings.get("command", "")) for one in (*results.attacks, *results.over_rejection)]
-    return [command for command in dict.fromkeys([*run, results.command]) if command]
+    return [command for command in dict.fromkeys(run) if command not in ("", results.command)] + [
+        results.command
+    ]
 
 
 def not_run(evaluation: Evaluation) -> list[str]:

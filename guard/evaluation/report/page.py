@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from guard import plots
-from guard.attacks import Norm
 from guard.evaluation.report import figures, findings, gallery, tables, words
 from guard.evaluation.report.reading import Evaluation
 from guard.evaluation.results import Standing
+from guard.norms import Norm
 
 Rows = Iterable[Sequence[str]]
 

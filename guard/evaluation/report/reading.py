@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Norm
 from guard.bundle import ScoreName, Share
 from guard.errors import DataError
 from guard.evaluation.results import (
@@ -23,6 +22,7 @@ from guard.evaluation.results import (
     load_arrays,
     same,
 )
+from guard.norms import Norm
 from guard.shares import share_of
 
 Arrays = Mapping[str, NDArray[Any]]

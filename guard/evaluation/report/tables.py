@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.attacks import Norm
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import MANY_CLASSES, Attacked, Evaluation, Flags
 from guard.evaluation.report.words import MISSING
 from guard.evaluation.results import ROUNDING, summary
+from guard.norms import Norm
 from guard.shares import share
 
 _TWO, _EIGHT = 2 / 255, 8 / 255
