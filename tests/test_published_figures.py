@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from guard.bundle import Share, load
+from guard.bundle import CALIBRATION, Share, load
 from guard.card import with_calibration
 from guard.evaluation.results import AttackResult, Results, Summary
+from guard.files import sha256
 
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
@@ -48,6 +49,15 @@ def attack(results: Results, name: str, budget: float | None = None) -> AttackRe
 
 def row(label: str, cells: list[str]) -> str:
     return f"| {label} | {' | '.join(cells)} |"
+
+
+def test_the_results_are_of_the_shipped_model_and_of_its_calibrated_twin(evaluations: list[Results]) -> None:
+    shipped, twin = (one.settings["identity"] for one in evaluations)
+    bundle = load(ROOT / "models" / "cifar10")
+    assert shipped["model"] == bundle.digest
+    assert shipped["calibration"] == bundle.manifest.files[CALIBRATION]
+    assert twin["calibration"] == sha256(EVALUATIONS / "undefended-calibration.json")
+    assert shipped["data"] == twin["data"]
 
 
 def test_the_table_of_robust_accuracy(readme: str, evaluations: list[Results]) -> None:

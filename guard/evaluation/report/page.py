@@ -17,6 +17,8 @@ from guard.norms import Norm
 
 Rows = Iterable[Sequence[str]]
 
+_FROM = '<p class="from"><a href="#commands">The commands behind these numbers</a></p>'
+
 
 def page(
     evaluation: Evaluation,
@@ -56,7 +58,7 @@ def page(
 <header><h1>{name} under attack</h1>
 <p class="muted">{results.images:,} images of {data} · {len({one.name for one in results.attacks})} attacks ·
 {escape(results.hardware)} · {words.duration(results.seconds)}</p>
-{_from(both)}
+<div id="commands">{_commands(both)}</div>
 <nav>{links}</nav></header>
 <main>
 {body}
@@ -67,7 +69,7 @@ def page(
 """
 
 
-def _from(both: Sequence[Evaluation]) -> str:
+def _commands(both: Sequence[Evaluation]) -> str:
     """The commands behind the numbers."""
     return "".join(
         f'<p class="from">{escape(findings.name(one))}: <code>{escape(command)}</code></p>'
@@ -303,7 +305,7 @@ def _figures(
         if stability
         else '<p class="muted">The data-stability curve is drawn with <code>--stability</code>.</p>'
     )
-    return f'{_from([evaluation])}<div class="figures">{"".join(drawn)}</div>{note}'
+    return f'{_FROM}<div class="figures">{"".join(drawn)}</div>{note}'
 
 
 def _attacks(both: Sequence[Evaluation]) -> str:
@@ -328,7 +330,7 @@ def _attacks(both: Sequence[Evaluation]) -> str:
             ]
             for one in evaluation.results.attacks
         ]
-        parts.append(_from([evaluation]))
+        parts.append(_FROM)
         parts.append(_table(f"Attacks on {findings.name(evaluation)}", head, rows))
     note = (
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
@@ -358,7 +360,7 @@ def _detection(both: Sequence[Evaluation]) -> str:
                 cells = [words.detection(one.detection.get(score)) for score in scores]
                 rows.append([words.attack(one), knows, *cells])
         head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
-        parts.append(_from([evaluation]))
+        parts.append(_FROM)
         parts.append(_table(f"Detection, {findings.name(evaluation)}", head, rows))
         alarms = findings.false_alarms(evaluation)
         if alarms:
@@ -377,7 +379,7 @@ def _papers(both: Sequence[Evaluation]) -> str:
             "<p>Published figures as printed, ours below them in bold. Networks, training and attacks "
             f"differ; notes say what else does. {words.MISSING} is what was not run or not published.</p>"
         ),
-        _from(both),
+        _FROM,
     ]
     for table in tables.tables(both):
         classes = {place: "ours" for place, row in enumerate(table.rows) if row.ours}
@@ -477,7 +479,7 @@ def _methods(evaluation: Evaluation) -> str:
         **results.provenance,
     }
     rows = [[key, _plain(value)] for key, value in facts.items()]
-    return f"<dl>{terms}</dl>{_table('The run', ('what', 'value'), rows)}{_from([evaluation])}"
+    return f"<dl>{terms}</dl>{_table('The run', ('what', 'value'), rows)}{_FROM}"
 
 
 def _plain(value: Any) -> str:
