@@ -253,8 +253,12 @@ class Finished:
 
     def within(self, norm: Norm, budget: float) -> Flags:
         """Which of the attacked images (n,) it got wrong within `budget` by the perturbation's own norm."""
-        reach = self.arrays[norm] <= budget * (1 + ROUNDING) + ROUNDING
-        return np.asarray(self.arrays["wrong"] & reach, np.bool_)
+        return np.asarray(self.arrays["wrong"] & reaches(self.arrays[norm], budget), np.bool_)
+
+
+def reaches(distances: NDArray[Any], budget: float) -> NDArray[np.bool_]:
+    """Which distances (n,) are within a budget, up to rounding."""
+    return np.asarray(distances <= budget * (1 + ROUNDING) + ROUNDING, np.bool_)
 
 
 def same(one: float | None, other: float | None) -> bool:
