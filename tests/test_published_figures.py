@@ -96,13 +96,23 @@ def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None
 
 
 def test_what_is_rejected_of_careless_attacks(readme: str, evaluations: list[Results]) -> None:
-    attacks = attack(evaluations[0], "fmn-l2"), attack(evaluations[0], "pgd-deep-l2", 0.5)
-    said = [
+    attacks = (("fmn-l2", None), ("deepfool-l2", None), ("pgd-deep-l2", 0.5))
+    fmn, deepfool, deep = (
         f"{100 * one.value:.0f}% {{}}({100 * one.lower:.1f}-{100 * one.upper:.1f}%, n = {one.n})"
-        for one in (found.detection[evaluations[0].served].rejected for found in attacks)
-    ]
-    assert f"minimum-norm ones are rejected in {said[0].format('of cases ')}" in readme
-    assert f"PGD that goes on to the end of a budget of 0.5 in {said[1].format('')}" in readme
+        for one in (
+            attack(evaluations[0], *which).detection[evaluations[0].served].rejected for which in attacks
+        )
+    )
+    assert f"FMN's, at the boundary, are rejected in {fmn.format('of cases ')}" in readme
+    assert f"DeepFool's, a bit past it, in {deepfool.format('')}" in readme
+    assert f"PGD that goes on to the end of a budget of 0.5 in {deep.format('')}" in readme
+
+
+def test_how_far_an_attacker_goes_who_knows_the_detector(readme: str, evaluations: list[Results]) -> None:
+    found = attack(evaluations[0], "nearest-accepted-l2").distance
+    assert found is not None
+    limits = f"({found.median_lower:.2f}-{found.median_upper:.2f}, n = {found.n})"
+    assert f"at a median l2 distance of {found.median:.2f} {limits}" in readme
 
 
 def test_what_attacks_did_to_the_conformal_radii(readme: str) -> None:

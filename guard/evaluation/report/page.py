@@ -40,6 +40,7 @@ def page(
         ("papers", "The papers' tables", _papers(both)),
         ("gallery", "Gallery", _gallery(evaluation)),
         ("methods", "Methods and definitions", _methods(evaluation)),
+        ("commands", "Commands", _commands(both)),
     ]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     body = "\n".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in sections)
@@ -58,7 +59,6 @@ def page(
 <header><h1>{name} under attack</h1>
 <p class="muted">{results.images:,} images of {data} · {len({one.name for one in results.attacks})} attacks ·
 {escape(results.hardware)} · {words.duration(results.seconds)}</p>
-<div id="commands">{_commands(both)}</div>
 <nav>{links}</nav></header>
 <main>
 {body}
