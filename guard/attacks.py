@@ -166,9 +166,9 @@ def random_directions(shape: tuple[int, ...], norm: Norm, generator: np.random.G
     return steepest(generator.standard_normal(shape, dtype=np.float32), norm)
 
 
-def falling(eps: NDArray[np.float64], step: int, steps: int) -> NDArray[np.float64]:
-    """Step lengths (B,), falling linearly from eps to eps / 10."""
-    return eps * (1.0 - 0.9 * step / max(1, steps - 1))
+def falling(eps: NDArray[np.float64], step: int, steps: int, last: float = 0.1) -> NDArray[np.float64]:
+    """Step lengths (B,), falling linearly from eps to `last` * eps."""
+    return eps * (1.0 - (1.0 - last) * step / max(1, steps - 1))
 
 
 def pgd(
@@ -324,20 +324,52 @@ def nearest(
     unseen. So each of the `classes` most probable others but the runner-up gets an attack of its own, on z_k
     - z_c, for the images whose linearized distance to it is below `WITHIN` times the nearest found so far.
     """
+    return nearest_and_cost(model, images, labels, norm=norm, steps=steps, classes=classes, clip=clip)[0]
+
+
+def nearest_and_cost(
+    model: WithRows,
+    images: Floats,
+    labels: Labels,
+    *,
+    norm: Norm,
+    steps: int = 20,
+    classes: int = CLASSES,
+    clip: bool = False,
+) -> tuple[Found, NDArray[np.int64]]:
+    """`nearest`, and all that it spent on each image (B,), in forward passes."""
     best = minimum_norm(model, images, labels, norm=norm, steps=steps, clip=clip)
-    for target in ranked(model.logits(images), labels).T[1:classes]:
-        _, values, gradient = _towards(model, images, labels, target)
+    once = (steps + 1) * GRADIENT + BISECTIONS * FORWARD
+    spent = np.where(best.distance > 0, once, GRADIENT)
+    passes = spent.copy() if best.passes is None else best.passes
+    open_ = np.flatnonzero(best.distance > 0)
+    if not len(open_):
+        return best, spent
+
+    def charge(rows: Rows, cost: int | NDArray[np.int64]) -> None:
+        passes[rows] += np.where(best.success[rows], 0, cost)
+
+    charge(open_, FORWARD)
+    spent[open_] += FORWARD
+    for target in ranked(model.logits(images[open_]), labels[open_]).T[1:classes]:
+        _, values, gradient = _towards(model, images[open_], labels[open_], target)
+        charge(open_, GRADIENT)
+        spent[open_] += GRADIENT
         linear = -values / np.maximum(dual_length(gradient, norm), TINY)
-        rows = np.flatnonzero(linear < WITHIN * best.distance)
-        if not len(rows):
+        here = np.flatnonzero(linear < WITHIN * best.distance[open_])
+        if not len(here):
             continue
+        rows = open_[here]
         found = _nearest_towards(
-            model, images[rows], labels[rows], target[rows], norm=norm, steps=steps, clip=clip
+            model, images[rows], labels[rows], target[here], norm=norm, steps=steps, clip=clip
         )
+        if found.passes is not None:
+            charge(rows, found.passes)
+        spent[rows] += once
         nearer = found.distance < best.distance[rows]
         best.images[rows[nearer]] = found.images[nearer]
         best.success[rows[nearer]], best.distance[rows[nearer]] = True, found.distance[nearer]
-    return Found(best.images, best.success, best.distance)
+    return Found(best.images, best.success, best.distance, passes), spent
 
 
 def _nearest_towards(

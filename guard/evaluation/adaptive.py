@@ -12,6 +12,8 @@ from typing import get_args
 import numpy as np
 
 from guard.attacks import (
+    CLASSES,
+    FORWARD,
     GRADIENT,
     Floats,
     Found,
@@ -19,7 +21,8 @@ from guard.attacks import (
     column,
     falling,
     length,
-    minimum_norm,
+    misclassified,
+    nearest_and_cost,
     others,
     project,
     steepest,
@@ -63,6 +66,13 @@ JOINT = (
     Start("cross-entropy", random=True),
 )
 
+RESTARTS = (
+    *(Start("margin", place=place) for place in (1, 2, 3)),
+    *(Start("margin", random=True),) * 2,
+    *(Start("cross-entropy", random=True),) * 2,
+)
+"""Other starts than those of `JOINT`, for what these leave."""
+
 
 def joint(
     target: Target,
@@ -76,6 +86,8 @@ def joint(
     first_steps: int | None = None,
     deep_steps: int = 20,
     starts: Sequence[Start] = JOINT,
+    last: float = 0.1,
+    only_wrong: bool = False,
     adaptive: bool = False,
     seed: int = 0,
 ) -> Found:
@@ -85,12 +97,13 @@ def joint(
     first start `first_steps` where they are given, follow a weighted sum of two unit vectors, up the margin
     of the class aimed at and down the worst test. The weight of the second grows by a tenth at every step
     that ends wrong and rejected, and is halved by one that ends right, which also follows the margin alone:
-    first wrong, then accepted, then back. Steps fall linearly from eps / 2 to eps / 20; `adaptive` are those
-    of APGD instead, with momentum, halved after every fifth of all steps for images of which too few steps
-    were better than the one before, or, unless they were just halved, none better than the best, and which
-    then go on from their best point (Croce and Hein 2020). With steps = 0 it is the high-confidence attack:
-    the ends of the ascents alone, judged. An image is left alone once it is accepted. Of failures the wrong
-    image with the smallest excess is returned.
+    first wrong, then accepted, then back. Steps fall linearly from eps / 2 to `last` of that; `adaptive` ones
+    are those of APGD instead, with momentum, halved after every fifth of all steps for images of which too
+    few steps were better than the one before, or, unless they were just halved, none better than the best,
+    and which then go on from their best point (Croce and Hein 2020). With steps = 0 it is the high-confidence
+    attack: the ends of the ascents alone, judged. An image is left alone once it is accepted, and with
+    `only_wrong` a start whose ascent ends right. Of failures the wrong image with the smallest excess is
+    returned.
     """
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
     generator = np.random.default_rng(seed)
@@ -104,6 +117,11 @@ def joint(
         points, aims = ascend(
             target.model, part, y, limit, start, norm=norm, steps=deep_steps, generator=generator
         )
+        kept.charge(rows, deep_passes(start, deep_steps) + FORWARD * only_wrong)
+        if only_wrong:
+            wrong = np.flatnonzero(misclassified(points, target.model.logits(points), y))
+            rows, part, y, limit = rows[wrong], part[wrong], y[wrong], limit[wrong]
+            points, aims = points[wrong], aims[wrong]
         found = _lower(
             target,
             part,
@@ -114,9 +132,10 @@ def joint(
             score=score,
             norm=norm,
             steps=descent_steps,
+            last=last,
             adaptive=adaptive,
         )
-        kept.charge(rows, deep_passes(start, deep_steps) + found.passes)
+        kept.charge(rows, found.passes)
         kept.offer(rows, found.images, found.success, found.merit)
     return confirmed(target, images, labels, kept, score, norm)
 
@@ -132,7 +151,8 @@ def _lower(
     score: ScoreName,
     norm: Norm,
     steps: int,
-    adaptive: bool,
+    last: float = 0.1,
+    adaptive: bool = False,
 ) -> Kept:
     """The second half of `joint`, from points that are deep already."""
     kept = Kept.of(images)
@@ -158,7 +178,7 @@ def _lower(
         pull = _pull(target.model, here, judged, aimed, weight[rows])
         kept.charge(rows, np.where(judged.wrong, PULLED, GRADIENT))
         if not adaptive:
-            length_ = falling(eps[rows] / 2, step, steps)
+            length_ = falling(eps[rows] / 2, step, steps, last)
             points[rows] = moved(images[rows], here, pull, length_, eps[rows], norm)
             continue
         ahead = moved(images[rows], here, pull, rate[rows], eps[rows], norm)
@@ -198,19 +218,22 @@ def nearest_accepted(
     score: ScoreName,
     norm: Norm,
     steps: int = 40,
+    classes: int = CLASSES,
     seed: int = 0,
 ) -> Found:
     """The nearest wrong and accepted image found.
 
-    From the nearest wrong image (`minimum_norm`, `steps`) outward to growing multiples of its distance
-    (`OUTWARD`), at each a few steps of `joint`, until one is accepted. Then, as in FMN, `steps` inside a
-    ball that shrinks below the nearest accepted image, and grows again while there is none; last, bisection
-    of the segment to the image.
+    From the nearest wrong image (`nearest`, half the `steps`, led towards `classes`) outward to growing
+    multiples of its distance (`OUTWARD`), at each a few steps of `joint`, until one is accepted. Then, as in
+    FMN, `steps` inside a ball that shrinks below the nearest accepted image, and grows again while there is
+    none; last, bisection of the segment to the image.
     """
-    near = minimum_norm(target.model, images, labels, norm=norm, clip=True, steps=steps)
+    near, spent = nearest_and_cost(
+        target.model, images, labels, norm=norm, clip=True, steps=steps // 2, classes=classes
+    )
     reach = np.maximum(near.distance, FLOOR[norm])
     kept = Kept.of(images)
-    kept.charge(np.arange(len(images)), nearest_passes(steps))
+    kept.charge(np.arange(len(images)), spent)
     for factor in OUTWARD:
         rows = np.flatnonzero(~kept.success & near.success)
         if not len(rows):
@@ -219,7 +242,7 @@ def nearest_accepted(
         eps = np.asarray(factor * reach[rows], np.float64)
         out = np.clip(some + (near.images[rows] - some) * np.float32(factor), 0.0, 1.0)
         aims = np.full(len(rows), -1)
-        found = _lower(target, some, y, eps, out, aims, score=score, norm=norm, steps=4, adaptive=False)
+        found = _lower(target, some, y, eps, out, aims, score=score, norm=norm, steps=4)
         kept.charge(rows, found.passes)
         kept.offer(rows, found.images, found.success, -length(found.images - some, norm))
         left = ~found.success
@@ -351,28 +374,37 @@ def evasive_carlini_wagner(
     return confirmed(target, images, labels, kept, score, "l2")
 
 
-def _joint_passes(
-    starts: Sequence[Start], steps: int, deep_steps: int, first_steps: int | None = None
-) -> int:
+def joint_passes(starts: Sequence[Start], steps: int, deep_steps: int, first_steps: int | None = None) -> int:
     """The cost of `joint` for an image that withstands every start."""
     deep = sum(deep_passes(start, deep_steps) for start in starts)
     descents = (len(starts) - 1) * steps + (steps if first_steps is None else first_steps)
     return deep + descents * (JUDGED + PULLED) + (len(starts) + 1) * JUDGED
 
 
-def _nearest(score: ScoreName, norm: Norm) -> Attack:
-    def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
-        del budget
-        return nearest_accepted(target, images, labels, score=score, norm=norm, seed=seed)
+def _run_nearest(
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    seed: int,
+    *,
+    score: ScoreName,
+    norm: Norm,
+    classes: int,
+) -> Found:
+    del budget
+    return nearest_accepted(target, images, labels, score=score, norm=norm, classes=classes, seed=seed)
 
+
+def _nearest(score: ScoreName, norm: Norm) -> Attack:
     return Attack(
         name=named("nearest-accepted", score, norm),
         title=f"Nearest accepted, knowing {score}",
-        run=run,
+        run=partial(_run_nearest, score=score, norm=norm, classes=CLASSES),
         norm=norm,
         knowledge="gradients",
-        passes=nearest_passes(40)
-        + len(OUTWARD) * (5 * JUDGED + 4 * PULLED + _joint_passes(DEEP[:1], 4, 8))
+        passes=nearest_passes(20, CLASSES)
+        + len(OUTWARD) * (5 * JUDGED + 4 * PULLED + joint_passes(DEEP[:1], 4, 8))
         + 39 * (JUDGED + PULLED)
         + 12 * JUDGED,
         source="FMN (Pintor et al. 2021) on the served decision",
@@ -408,7 +440,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 partial(joint, first_steps=100),
                 score,
                 norm,
-                passes=_joint_passes(JOINT, 20, 20, first_steps=100),
+                passes=joint_passes(JOINT, 20, 20, first_steps=100),
                 source="Tramèr et al. 2020, on the served decision",
             ),
             knowing(
@@ -417,8 +449,17 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 partial(joint, adaptive=True, steps=40),
                 score,
                 norm,
-                passes=_joint_passes(JOINT, 40, 20),
+                passes=joint_passes(JOINT, 40, 20),
                 source="Croce and Hein 2020 on the served decision",
+            ),
+            knowing(
+                "joint-restarts",
+                "Joint PGD, other starts and finer steps",
+                partial(joint, starts=RESTARTS, steps=30, last=0.01, only_wrong=True),
+                score,
+                norm,
+                passes=joint_passes(RESTARTS, 30, 20) + len(RESTARTS) * FORWARD,
+                source="Tramèr et al. 2020, on the served decision",
             ),
             knowing(
                 "high-confidence",
@@ -426,7 +467,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
                 partial(joint, steps=0, deep_steps=40, starts=DEEP),
                 score,
                 norm,
-                passes=_joint_passes(DEEP, 0, 40),
+                passes=joint_passes(DEEP, 0, 40),
                 source="Carlini and Wagner 2017, with a budget",
             ),
             _nearest(score, norm),

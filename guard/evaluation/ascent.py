@@ -109,10 +109,13 @@ def merit(judged: Judged, logits: Floats, aims: Labels) -> Values:
 
 
 def distinct(starts: Sequence[Start], classes: int) -> Sequence[Start]:
-    """The starts without repeats: away from one of two classes is towards the other, whatever the place."""
+    """The starts without repeats, random ones apart: away from one of two classes is towards the other,
+    whatever the place.
+    """
     if classes > 2:
         return starts
-    return list(dict.fromkeys(replace(start, place=None) for start in starts))
+    alike = [replace(start, place=None) for start in starts]
+    return [start for at, start in enumerate(alike) if start.random or start not in alike[:at]]
 
 
 def ascend(
@@ -162,9 +165,10 @@ def confirmed(
     return kept.found(images, norm)
 
 
-def nearest_passes(steps: int, bisections: int = BISECTIONS) -> int:
-    """The cost of `minimum_norm`, all of its steps."""
-    return (steps + 1) * GRADIENT + bisections * FORWARD
+def nearest_passes(steps: int, classes: int = 1, bisections: int = BISECTIONS) -> int:
+    """The most that `minimum_norm` costs, or `nearest` led towards so many classes."""
+    once = (steps + 1) * GRADIENT + bisections * FORWARD
+    return once + (classes > 1) * (FORWARD + (classes - 1) * (GRADIENT + once))
 
 
 def deep_passes(start: Start, steps: int) -> int:

@@ -2,7 +2,7 @@
 radii. Both are computed in pieces and kept in the results folder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from guard.stages import PIECE, Arrays
 RANDOM_OMEGA = 500
 """Images of the radii fold that the ablation of omega by random perturbations is fitted to."""
 
-MASKING = "masking.npz"
+MASKING, MASKING_DETECTOR = "masking.npz", "masking-detector.npz"
 
 LAST = ("signs of masked gradients", "audit of the radii")
 """What a run ends with, by the names that it is outstanding under."""
@@ -50,7 +50,9 @@ class Closing:
 
     def passes(self) -> int:
         """Forward passes of all of it at most, less what is on the disk."""
-        passes = 0 if self._kept_probes() else len(self._probe_key()["row"]) * masking.PASSES
+        probed = len(self._probe_key()["row"])
+        passes = 0 if self._kept_probes(MASKING) else probed * masking.PASSES
+        passes += 0 if self._kept_probes(MASKING_DETECTOR) else probed * masking.DETECTOR_PASSES
         for norm in NORMS:
             if not self._kept_distance(norm):
                 passes += audit.inside_passes(self._restarts) * len(self.sample)
@@ -62,21 +64,42 @@ class Closing:
 
     def checks(self, progress: Progress) -> list[Check]:
         """The masking checks' verdicts; none where no image is classified rightly."""
-        key, budgets, probed = self._probe_key(), self._probe_budgets(), self._kept_probes()
-        rows, sample = key["row"], self.sample
-        if not len(rows):
+        budgets, sample, score = self._probe_budgets(), self.sample, self.found.calibrated().score
+        if not len(self._probe_key()["row"]):
             return []
 
-        def piece(part: Labels) -> Arrays:
+        def classifier(part: Labels) -> Arrays:
             return masking.probe(
                 self.target.model, sample.pixels(part), sample.labels[part], budgets, seed=sample.seed
             )
 
+        def detector(part: Labels) -> Arrays:
+            return masking.probe_detector(
+                self.target, sample.pixels(part), sample.labels[part], score, seed=sample.seed
+            )
+
+        probed = self._probed(MASKING, "masking checks", classifier, masking.PASSES, progress)
+        aware = self._probed(
+            MASKING_DETECTOR, "masking checks, detector", detector, masking.DETECTOR_PASSES, progress
+        )
+        finished = self.folder.finished
+        return [
+            *masking.checks(finished, probed, budgets),
+            *masking.detector_checks(finished, aware, budgets, score),
+        ]
+
+    def _probed(
+        self, file: str, name: str, piece: Callable[[Labels], Arrays], cost: int, progress: Progress
+    ) -> Arrays:
+        """What attacks of the checks' own found, kept in `file`."""
+        probed, key, budgets = self._kept_probes(file), self._probe_key(), self._probe_budgets()
         if not probed:
-            with self.folder.stages("masking", progress, budgets=sorted(budgets.items())) as stages:
-                probed = stages.run("masking checks", rows, piece, cost=masking.PASSES) | key
-                self.folder.save(MASKING, probed)
-        return masking.checks(self.folder.finished, probed, budgets)
+            with self.folder.stages(
+                file.removesuffix(".npz"), progress, budgets=sorted(budgets.items())
+            ) as stages:
+                probed = stages.run(name, key["row"], piece, cost=cost) | key
+                self.folder.save(file, probed)
+        return probed
 
     def _probe_budgets(self) -> dict[Norm, float]:
         return {norm: min(self.budgets.get(norm) or BUDGETS[norm]) for norm in NORMS}
@@ -87,8 +110,8 @@ class Closing:
         budgets = {f"budget-{norm}": np.array([value]) for norm, value in self._probe_budgets().items()}
         return budgets | {"row": np.flatnonzero(self.right)[:count]}
 
-    def _kept_probes(self) -> Arrays:
-        kept, key = self.folder.kept(MASKING), self._probe_key()
+    def _kept_probes(self, file: str) -> Arrays:
+        kept, key = self.folder.kept(file), self._probe_key()
         same = all(name in kept and np.array_equal(kept[name], value) for name, value in key.items())
         return kept if same else {}
 

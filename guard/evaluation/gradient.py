@@ -353,6 +353,14 @@ def _attacks(norm: Norm) -> tuple[Attack, ...]:
             None,
         ),
         attack(
+            "fmn-targeted",
+            "FMN-like minimum norm, also towards each likely class",
+            partial(_run, attacks.nearest, norm=norm, steps=40, classes=attacks.CLASSES, clip=True),
+            attacks.CLASSES * (41 * GRADIENT + BISECTIONS * FORWARD + GRADIENT),
+            "Pintor et al. 2021, targeted",
+            None,
+        ),
+        attack(
             "deepfool",
             "DeepFool",
             partial(_run, deepfool, norm=norm, steps=50, classes=10),

@@ -1,7 +1,8 @@
 """Signs that gradients are masked, so that attacks by gradients look weaker than the attacker is.
 
 Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5. `probe` runs a few attacks for them;
-`checks` judges these, and the attacks of an evaluation against one another.
+`checks` judges these, and the attacks of an evaluation against one another. `probe_detector` and
+`detector_checks` do the same of attacks on the served decision, which follow the detector's gradients too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,11 @@ import numpy as np
 
 from guard import attacks
 from guard.attacks import Differentiable, Floats, Labels, column, misclassified, random_directions
-from guard.evaluation.attack import QUERIES, Knowledge
+from guard.bundle import ScoreName
+from guard.evaluation import adaptive
+from guard.evaluation.attack import QUERIES, Knowledge, named
 from guard.evaluation.results import Check, Finished, Flags
+from guard.evaluation.target import Target
 from guard.norms import Norm
 from guard.stages import Arrays
 
@@ -39,6 +43,9 @@ TOLERANCE = 0.01
 
 PASSES = 3 * (sum(STEPS) + len(STEPS)) * 2 + 3 * 2 * (UNBOUNDED_STEPS + 1) + 2 * DRAWS
 """Cost of `probe` per image in forward passes, at most, for two norms."""
+
+DETECTOR_PASSES = adaptive.joint_passes(adaptive.JOINT, 20, 20)
+"""The same of `probe_detector`."""
 
 
 def probe(
@@ -90,6 +97,14 @@ def probe(
     return found
 
 
+def probe_detector(
+    target: Target, images: Floats, labels: Labels, score: ScoreName, *, seed: int = 0
+) -> Arrays:
+    """`unbounded` (B,): whether joint PGD in the linf ball of radius 1 makes the image wrong and accepted."""
+    found = adaptive.joint(target, images, labels, 1.0, score=score, norm="linf", seed=seed)
+    return {"unbounded": found.success}
+
+
 def _random(
     model: Differentiable, images: Floats, labels: Labels, norm: Norm, eps: float, seed: int
 ) -> Flags:
@@ -107,7 +122,13 @@ def _random(
 
 def checks(finished: Sequence[Finished], probed: Arrays, budgets: Mapping[Norm, float]) -> list[Check]:
     """Every check with its verdict; `budgets` are those that `probed` was made at."""
-    found = [_unbounded(probed)]
+    found = [
+        _unbounded(
+            probed,
+            "an unbounded attack always succeeds",
+            "PGD in the whole of [0, 1] makes every image wrong",
+        )
+    ]
     for norm, eps in budgets.items():
         found += [
             _more_steps(probed, norm, eps),
@@ -118,12 +139,29 @@ def checks(finished: Sequence[Finished], probed: Arrays, budgets: Mapping[Norm, 
     return found
 
 
-def _unbounded(probed: Arrays) -> Check:
+def detector_checks(
+    finished: Sequence[Finished], probed: Arrays, budgets: Mapping[Norm, float], score: ScoreName
+) -> list[Check]:
+    """Every check of attacks that know the detector of this score; `probed` is of `probe_detector`."""
+    found = [
+        _unbounded(
+            probed,
+            "an unbounded attack is always accepted",
+            f"joint PGD in the whole of [0, 1] makes every image wrong and accepted by {score}",
+        )
+    ]
+    for norm, eps in budgets.items():
+        found.append(_more_starts(finished, norm, eps, score))
+        found += [_black_box_accepted(finished, kind, norm, eps, score) for kind in BLACK_BOXES]
+    return found
+
+
+def _unbounded(probed: Arrays, name: str, expected: str) -> Check:
     success = probed["unbounded"]
     return Check(
-        name="an unbounded attack always succeeds",
+        name=name,
         verdict="passed" if success.all() else "failed",
-        expected="PGD in the whole of [0, 1] makes every image wrong",
+        expected=expected,
         found=f"{int(success.sum())} of {len(success)} images",
         numbers={"success": int(success.sum()), "n": len(success)},
     )
@@ -219,12 +257,78 @@ def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) 
     )
 
 
+def _more_starts(finished: Sequence[Finished], norm: Norm, eps: float, score: ScoreName) -> Check:
+    """Whether attacks that follow the detector's gradient found what there is: other starts find few more."""
+    attack = named("joint-restarts", score, norm)
+    expected = f"other starts bring no image within {eps:.4g} past {score} that other attacks leave"
+    name = f"more starts find no more past the detector, {norm}"
+    one = next((one for one in finished if (one.result.name, one.result.budget) == (attack, eps)), None)
+    if one is None:
+        return Check(name=name, verdict="not run", expected=expected, found=f"{attack} adds it")
+    alone, left, n = int(one.arrays["success"].sum()), len(one.arrays["row"]), _meant(one)
+    return Check(
+        name=name,
+        verdict="passed" if _few(alone, n) else "failed",
+        expected=expected,
+        found=f"{alone} of the {left} images that other attacks left, of {n}",
+        numbers={"more starts alone": alone, "left": left, "n": n, "budget": eps},
+    )
+
+
+def _black_box_accepted(
+    finished: Sequence[Finished], kind: str, norm: Norm, eps: float, score: ScoreName
+) -> Check:
+    """Of the images that this kind of black box was to make wrong and accepted, those that no attack by
+    gradients did. It may spare images that cheaper attacks broke: those are no evidence either way.
+    """
+    box = BLACK_BOXES[kind]
+    black = [
+        one
+        for one in finished
+        if one.result.aware == score
+        and one.result.knowledge in box.knows
+        and one.result.norm == norm
+        and one.result.budget in (None, eps)
+    ]
+    white = [one for one in finished if one.result.knowledge == "gradients"]
+    expected = f"{kind} brings no image within {eps:.4g} past {score} that gradients do not"
+    name = f"gradients beat {kind} past the detector, {norm}"
+    if not black:
+        found = f"no such attack at this budget; {box.adds} adds it"
+        return Check(name=name, verdict="not run", expected=expected, found=found)
+    n = max(_meant(one) for one in black)
+    past = _broken(black, norm, eps, score)
+    alone = len(np.setdiff1d(past, _broken(white, norm, eps, score)))
+    return Check(
+        name=name,
+        verdict="passed" if _few(alone, n) else "failed",
+        expected=expected,
+        found=f"{alone} of {n} images",
+        numbers={f"{kind} alone": alone, "n": n, "budget": eps},
+    )
+
+
+def _meant(one: Finished) -> int:
+    """The images that an attack was run on, and those it spared."""
+    return len(one.arrays["row"]) + int(one.result.settings.get("skipped", 0))
+
+
 def _rows(finished: Sequence[Finished]) -> Labels:
     return np.unique(np.concatenate([one.arrays["row"] for one in finished] or [np.zeros(0, np.int64)]))
 
 
-def _broken(finished: Sequence[Finished], norm: Norm, eps: float) -> Labels:
-    return np.unique(np.concatenate([one.arrays["row"][one.within(norm, eps)] for one in finished]))
+def _broken(finished: Sequence[Finished], norm: Norm, eps: float, score: ScoreName | None = None) -> Labels:
+    """Rows made wrong within the budget, with a score also accepted by it."""
+    none = [np.zeros(0, np.int64)]
+    return np.unique(
+        np.concatenate(
+            none
+            + [
+                one.arrays["row"][one.within(norm, eps) & (score is None or one.arrays[f"accepted_{score}"])]
+                for one in finished
+            ]
+        )
+    )
 
 
 def _few(count: int, n: int) -> bool:

@@ -6,6 +6,7 @@ clean.npz             `CLEAN` arrays of all evaluated images, in the order of `R
 attacks/NAME.npz      `ARRAYS` of one attack at one budget, over the images it was run on
 scores/SCORE.json     `Calibration` of a score that the bundle does not serve
 masking.npz           `guard.evaluation.masking.probe`, of which rows and at which `budget-NORM`
+masking-detector.npz  the same of `probe_detector`
 radii-NORM.npz        `distance` (N,): the nearest of the attacks aimed at radii, inf: none; their `restarts`
 omega-random-NORM.npz `guard.evaluation.audit.random_remainders` of images of the radii fold
 
