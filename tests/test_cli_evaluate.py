@@ -53,7 +53,10 @@ def test_a_run_from_start_to_end(folder: Path, tmp_path: Path, capsys: Captured)
         ("linf", 0.2),
     ]
     attacks = "--attacks pgd-l2 pgd-linf --budgets l2=1.0,1.5 linf=51/255"
-    assert results.command == f"guard evaluate {folder} --val colours.npz {attacks} --out out"
+    assert (
+        results.command
+        == f"guard evaluate {folder} --val colours.npz {attacks} --provider cpu --threads 1 --out out"
+    )
     assert results.attacks[0].settings["command"] == results.command
     assert results.provenance["arguments"]["val"] == "colours.npz"
     assert run(*words, "--attacks", "pgd-l2", "--json") == 0
@@ -63,7 +66,7 @@ def test_a_run_from_start_to_end(folder: Path, tmp_path: Path, capsys: Captured)
     made, joined = load("out").attacks, load("other")
     assert joined.attacks[0].name == "fgsm-l2"
     assert joined.attacks[1:] == made
-    assert joined.command.endswith("--budgets l2=1.0 --join out --out other")
+    assert joined.command.endswith("--budgets l2=1.0 --join out --provider cpu --threads 1 --out other")
     assert joined.provenance["arguments"]["join"] == ["out"]
 
 
@@ -75,7 +78,7 @@ def test_quick(folder: Path, capsys: Captured) -> None:
     names = {one.name for one in results.attacks}
     assert {"pgd-l2", "pgd-linf", "pgd-deep-l2", "joint-pgd-l2"} <= names
     assert {one.norm for one in results.standing} == {"l2", "linf"}
-    assert len(results.checks) == 11
+    assert len(results.checks) == 18
     out = capsys.readouterr().out
     assert "signs of masked gradients: 0 found" in out
     assert "No attack of the run knows jacobian at linf 2/255: an attacker who does will" in out

@@ -9,15 +9,20 @@ from guard.evaluation.results import AttackResult, Check, Finished
 from guard.runtime import Detector
 from guard.shares import share
 from tests import networks
+from tests.guards import guard_of, target_of
 
 BUDGETS: Any = {"l2": 0.2, "linf": 0.1}
 SHAPE = (1, 2, 2)
 
 
-def linear_model() -> Detector:
+def linear_graph() -> Any:
     """Margin of class 0: twice the mean of the image, less 1."""
     weight = np.array([[0.25] * 4, [-0.25] * 4], np.float32)
-    return Detector(networks.linear(weight, np.array([-0.5, 0.5], np.float32)), provider="cpu", threads=1)
+    return networks.linear(weight, np.array([-0.5, 0.5], np.float32))
+
+
+def linear_model() -> Detector:
+    return Detector(linear_graph(), provider="cpu", threads=1)
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -202,3 +207,51 @@ def test_passes_are_an_upper_bound() -> None:
     images, labels = images_at(0.9, 0.99)
     masking.probe(model, images, labels, BUDGETS)
     assert model.passes == masking.PASSES * 2
+
+
+@pytest.mark.parametrize(("threshold", "verdict"), [(10.0, "passed"), (1e-9, "failed")])
+def test_a_detector_that_lets_nothing_wrong_pass_looks_masked(threshold: float, verdict: str) -> None:
+    guard = guard_of(linear_graph(), "jacobian", threshold)
+    images, labels = images_at(0.55, 0.58, 0.45)
+    probed = masking.probe_detector(target_of(guard), images, labels, "jacobian")
+    check = masking.detector_checks([], probed, BUDGETS, "jacobian")[0]
+    assert check.verdict == verdict
+    assert check.found == f"{3 if verdict == 'passed' else 0} of 3 images"
+
+
+def knowing(name: str, knowledge: Any, past: list[int], left: list[int], **changes: Any) -> Finished:
+    """An attack on the rows `left` that brings `past` of them past the detector, having spared the others of
+    100."""
+    one = finished(name, knowledge, past, 0.2, aware="jacobian", **changes)
+    arrays = {name: values[left] for name, values in one.arrays.items()}
+    arrays |= {"success": arrays["wrong"], "accepted_jacobian": arrays["wrong"]}
+    return Finished(one.result.model_copy(update={"settings": {"skipped": 100 - len(left)}}), arrays)
+
+
+@pytest.mark.parametrize(("found", "verdict"), [([7], "passed"), ([6, 7], "failed")])
+def test_more_starts_past_the_detector(found: list[int], verdict: str) -> None:
+    none: dict[str, Any] = {"unbounded": np.ones(3, bool)}
+    name = "more starts find no more past the detector, l2"
+    assert by_name(masking.detector_checks([], none, BUDGETS, "jacobian"))[name].verdict == "not run"
+    more = knowing("joint-restarts-l2", "gradients", found, [5, 6, 7], budget=0.2)
+    check = by_name(masking.detector_checks([more], none, BUDGETS, "jacobian"))[name]
+    assert check.verdict == verdict
+    assert check.found == f"{len(found)} of the 3 images that other attacks left, of 100"
+    elsewhere = knowing("joint-restarts-l2", "gradients", found, [5, 6, 7], budget=0.5)
+    assert by_name(masking.detector_checks([elsewhere], none, BUDGETS, "jacobian"))[name].verdict == "not run"
+
+
+@pytest.mark.parametrize(("found", "verdict"), [([3, 7], "passed"), ([6, 7], "failed")])
+def test_queries_past_the_detector(found: list[int], verdict: str) -> None:
+    none: dict[str, Any] = {"unbounded": np.ones(3, bool)}
+    name = "gradients beat search by queries past the detector, l2"
+    white = knowing("joint-pgd-l2", "gradients", [1, 2, 3], list(range(100)), budget=0.2)
+    assert by_name(masking.detector_checks([white], none, BUDGETS, "jacobian"))[name].verdict == "not run"
+    black = knowing("http-scores-l2", "scores", found, [3, 5, 6, 7], budget=0.2)
+    check = by_name(masking.detector_checks([white, black], none, BUDGETS, "jacobian"))[name]
+    assert check.verdict == verdict
+    assert check.numbers == {
+        "search by queries alone": len(set(found) - {3}),
+        "n": 100,
+        "budget": 0.2,
+    }

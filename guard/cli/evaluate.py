@@ -303,6 +303,10 @@ def _command(arguments: argparse.Namespace) -> str:
         words += ["--join", *map(str, arguments.join)]
     if arguments.seed:
         words += ["--seed", str(arguments.seed)]
+    if arguments.provider != "auto":
+        words += ["--provider", arguments.provider]
+    if arguments.threads:
+        words += ["--threads", str(arguments.threads)]
     return shlex.join([*words, "--out", str(arguments.out)])
 
 

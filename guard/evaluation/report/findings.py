@@ -2,13 +2,20 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from guard.bundle import ScoreName
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import MANY_CLASSES, Evaluation, plain
 from guard.evaluation.results import Results, Standing
-from guard.norms import Norm
+from guard.evaluation.target import Values
+from guard.norms import NORMS, Norm
 
 TOP_5 = "top 5"
+AUDIT = (
+    "Attacked inside: by any attack of the run, at any budget. The violation rate that is served beside a "
+    "radius is of the calibration's attacks alone, on images of the same fold."
+)
 FAMILIES = {
     "FGSM": ("fgsm",),
     "I-FGSM": ("ifgsm", "iterated"),
@@ -30,7 +37,7 @@ FAMILIES = {
     "recolor": ("recolor",),
     "JPEG": ("jpeg",),
     "evasive CW": ("evasive",),
-    "joint PGD": ("jointpgd",),
+    "joint PGD": ("jointpgd", "jointrestarts"),
     "joint APGD": ("jointapgd",),
     "high confidence": ("highconfidence",),
     "nearest accepted": ("nearestaccepted",),
@@ -212,12 +219,11 @@ def leading(evaluation: Evaluation) -> list[Standing]:
 
 def price(evaluation: Evaluation) -> list[str]:
     """What an attacker needs: the median distance to another class, and to one that is accepted, in norms in
-    which an attack looked for it.
+    which an attack looked for it, and of the same images how many times as far the latter is.
     """
     said = []
     score = evaluation.results.served
-    norms: tuple[Norm, Norm] = ("l2", "linf")
-    for norm in norms:
+    for norm in NORMS:
         parts = []
         if evaluation.results.sought(norm):
             nearest = evaluation.nearest(norm)[evaluation.right]
@@ -226,9 +232,22 @@ def price(evaluation: Evaluation) -> list[str]:
             kept = evaluation.right & evaluation.accepted(score)
             accepted = evaluation.fallen(norm, score)[kept]
             parts.append(f"to another class that {score} accepts {words.middle(accepted)}")
+            ratio = words.middle(dearer(evaluation, norm))
+            parts.append(f"of the same images {ratio} times as far")
         if parts:
             said.append(f"{norm}, median smallest distance found {', '.join(parts)}.")
     return said
+
+
+def dearer(evaluation: Evaluation, norm: Norm) -> Values:
+    """How many times as far as the nearest other class the nearest one is that the served score accepts, as
+    attacks found them, of the images (n,) that are right and accepted and of which the former was found;
+    infinite where the latter was not.
+    """
+    score = evaluation.results.served
+    near, accepted = evaluation.nearest(norm), evaluation.fallen(norm, score)
+    rows = evaluation.right & evaluation.accepted(score) & np.isfinite(near) & (near > 0)
+    return np.asarray(accepted[rows] / near[rows], np.float64)
 
 
 def masking(evaluation: Evaluation) -> str:
@@ -243,7 +262,7 @@ def masking(evaluation: Evaluation) -> str:
     if by["failed"]:
         return f"Signs of gradient masking: {'; '.join(by['failed'])}. The figures may be too good."
     count = len(by["passed"])
-    rest = f"; not run: {'; '.join(by['not run'])}" if by["not run"] else ""
+    rest = f"; {len(by['not run'])} not run, for want of attacks to compare" if by["not run"] else ""
     return f"No sign of gradient masking in {count} check{'' if count == 1 else 's'}{rest}."
 
 

@@ -60,15 +60,18 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
             "n of means",
             "attacked inside",
         ]
-        lines += ["", *_table(head, rows)]
-    lines += ["", *_table(["attack", "knows", "success", "median distance"], _attacks(evaluation))]
+        lines += ["", *_table(head, rows), "", findings.AUDIT]
+    lines += [
+        "",
+        *_table(["attack", "knows", "success", "median distance of successes"], _attacks(evaluation)),
+    ]
     lines += [
         "",
         (
-            "Detection of attacks that succeed, most of which know nothing of the detector; it comes second "
-            "to the figures above, which count those that do. Most attacks, PGD of a budget among them, stop "
-            "at an image's first wrong class, where gradients are large; one that goes on, as pgd-deep does, "
-            "is rejected less:"
+            "Detection of attacks that succeed and do not evade the score (those that do succeed only where "
+            "it accepts); it comes second to the figures above, which count them all. Most attacks, PGD of a "
+            "budget among them, stop at an image's first wrong class, where gradients are large; one that "
+            "goes on, as pgd-deep does, is rejected less:"
         ),
         "",
         *_table(
@@ -130,9 +133,8 @@ def _attacks(evaluation: Evaluation) -> Iterable[list[str]]:
 
 def _detection(evaluation: Evaluation) -> Iterable[list[str]]:
     for one in evaluation.results.attacks:
-        found = [one.detection.get(score) for score in evaluation.results.scores]
-        if any(found):
-            cells = [words.detection(each) for each in found]
+        cells = [words.detection(one, score) for score in evaluation.results.scores]
+        if set(cells) != {words.MISSING}:
             yield [words.attack(one) + (f" (knows {one.aware})" if one.aware else ""), *cells]
 
 

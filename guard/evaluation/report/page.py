@@ -286,7 +286,7 @@ def _radii(both: Sequence[Evaluation]) -> str:
     meant = "; ".join(f"{kind}: {words.KINDS.get(kind, 'of a kind unknown here')}" for kind in kinds)
     head = ["model", *head] if len(both) > 1 else head
     table = _table("Radii under the union of all attacks", head, rows, classes)
-    return f'{table}<p class="muted">What a radius is. {escape(meant)}.</p>'
+    return f'{table}<p class="muted">{escape(findings.AUDIT)} What a radius is. {escape(meant)}.</p>'
 
 
 def _figures(
@@ -309,7 +309,15 @@ def _figures(
 
 
 def _attacks(both: Sequence[Evaluation]) -> str:
-    head = ["attack", "title", "budget", "knows", "success", "in files", "median; mean distance"]
+    head = [
+        "attack",
+        "title",
+        "budget",
+        "knows",
+        "success",
+        "in files",
+        "distance of successes: median; mean",
+    ]
     head += ["forward passes", "time", "source"]
     parts = []
     for evaluation in both:
@@ -345,19 +353,20 @@ def _detection(both: Sequence[Evaluation]) -> str:
     parts = [
         (
             "<p>The share of successful attacks that a score rejects, and how well it tells them from clean "
-            "images (AUROC). Attacks that do not evade the score know nothing of it: these are figures of "
-            "the careless attacker, not of the detector's worth, which the robust accuracy above states. "
-            "Most attacks, PGD of a budget among them, stop at an image's first wrong class, where gradients "
-            "are large; one that goes on into that class, as pgd-deep does, is rejected less.</p>"
+            "images (AUROC). Attacks that evade the score succeed only where it accepts, and are left out: "
+            "these are figures of the careless attacker, not of the detector's worth, which the robust "
+            "accuracy above states. Most attacks, PGD of a budget among them, stop at an image's first wrong "
+            "class, where gradients are large; one that goes on into that class, as pgd-deep does, is "
+            "rejected less.</p>"
         )
     ]
     for evaluation in both:
         scores = evaluation.results.scores
         rows = []
         for one in evaluation.results.attacks:
-            if one.detection:
+            cells = [words.detection(one, score) for score in scores]
+            if set(cells) != {words.MISSING}:
                 knows = f"evades {one.aware}" if one.aware else "no detector"
-                cells = [words.detection(one.detection.get(score)) for score in scores]
                 rows.append([words.attack(one), knows, *cells])
         head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
         parts.append(_FROM)

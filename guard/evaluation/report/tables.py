@@ -139,7 +139,7 @@ def _detected(attack: Attacked | None) -> str:
 
 
 def _median_l2(attack: Attacked | None) -> str:
-    if attack is None:
+    if attack is None or attack.result.budget is not None:  # within a budget it looks for no nearest one
         return MISSING
     return words.middle(attack.lengths("l2")[attack.success])
 

@@ -5,11 +5,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.bundle import Share
+from guard.bundle import ScoreName, Share
 from guard.evaluation.report.reading import Attacked
 from guard.evaluation.results import (
     AttackResult,
-    Detection,
     RadiusAudit,
     Standing,
     Summary,
@@ -130,9 +129,12 @@ def radius(audit: RadiusAudit) -> str:
     return f"{audit.norm} {audit.method} ({audit.kind}{alpha})"
 
 
-def detection(found: Detection | None) -> str:
-    """The share rejected, and the AUROC with its interval."""
-    if found is None:
+def detection(attack: AttackResult, score: ScoreName) -> str:
+    """The share of an attack's successes that a score rejects, and the AUROC with its interval; none of an
+    attack whose successes are those that the score accepts.
+    """
+    found = attack.detection.get(score)
+    if found is None or attack.aware == score:
         return MISSING
     ends = f"{found.auroc_lower:.3f}, {found.auroc_upper:.3f}"
     return f"{share(found.rejected)}; {found.auroc:.3f} [{ends}]"
