@@ -93,7 +93,8 @@ def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None
     near, flat = alone["l2", "0.2500"], alone["linf", f"{2 / 255:.4f}"]
     assert near
     assert flat
-    assert f"Without the detector {share(near)} would stand at l2 0.25 and {share(flat)} at linf 2/255" in readme
+    stand = f"{share(near)} would stand at l2 0.25 and {share(flat)} at linf 2/255"
+    assert f"Without the detector {stand}" in readme
 
 
 def test_what_is_rejected_of_careless_attacks(readme: str, evaluations: list[Results]) -> None:
