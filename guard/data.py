@@ -222,8 +222,10 @@ def _from_npz(path: Path, name: str, split: Split) -> Dataset:
         scale = ""
         if images.dtype.kind == "f" and images.size:
             low, high = float(images.min()), float(images.max())
-            advice = "multiply by 255" if low >= 0 and high <= 1 else "bring them to 0 to 255"
-            scale = f" These are from {low:.4g} to {high:.4g}: {advice} and round."
+            advice = "bring them to 0 to 255 and round"
+            if low >= 0 and high <= 255:
+                advice = "multiply by 255 and round" if high <= 1 else "round them and store them as uint8"
+            scale = f" These are from {low:.4g} to {high:.4g}: {advice}."
         raise DataError(
             f"{path}: {x} is {images.dtype} {images.shape}; expected uint8 (N, H, W, C) with 1 or 3 "
             f"channels.{scale}"

@@ -73,7 +73,8 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"{path}: no such file. Give the path of an ONNX model.")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ModelError(f"{path}: {what}. Give the path of an ONNX file.")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's decoding errors have no public base

@@ -95,8 +95,8 @@ def _facts(path: Path) -> "tuple[Norm, dict[str, Any]]":
             raise KeyError(facts["norm"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: is not what guard info --dataset D --json writes. Run: guard info --dataset D --json "
-            f"> {path}"
+            f"{path}: is not what guard info --dataset D --json writes. Run: guard info --dataset D --json > "
+            "facts.json, and give --stability facts.json"
         ) from error
     norm: Norm = facts["norm"]
     return norm, facts

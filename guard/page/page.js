@@ -77,7 +77,7 @@ function describe() {
     model.name,
     `${manifest.class_names.length} classes`,
     `${height} × ${width} pixels`,
-    `rejects ${short(calibration.fpr)} of clean images`,
+    `set to reject at most ${short(calibration.fpr)} of clean images`,
     provider === "cpu" ? "CPU" : provider.toUpperCase(),
   ];
   byId("facts").textContent = facts.join(" · ");
