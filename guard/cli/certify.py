@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from guard.cli.options import Subparsers, add_command, add_provider, add_threads
+from guard.cli.options import Subparsers, add_command, add_provider, add_threads, check_output
 from guard.settings import bundle_path
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def _format(arguments: argparse.Namespace) -> "Format":
     kind: Format = arguments.format or named
     if arguments.json and (arguments.out is not None or kind != "jsonl"):
         raise UsageError("--json is JSON lines on standard output: leave out --out and --format, or --json.")
-    if arguments.out is not None and arguments.out.is_dir():
-        raise UsageError(f"--out {arguments.out} is a folder: give the name of a file.")
+    if arguments.out is not None:
+        others = (".json", ".txt", "") if kind == "jsonl" else (".txt",) if kind == "csv" else ()
+        check_output("--out", arguments.out, f".{kind}", *others)
     if kind == "parquet" and arguments.out is None:
         raise UsageError("--format parquet needs --out FILE: it cannot be written to standard output.")
     return kind

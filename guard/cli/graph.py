@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from guard.cli.options import Subparsers, add_bundle, add_command, chosen_bundle, emit, file_size
+from guard.cli.options import (
+    Subparsers,
+    add_bundle,
+    add_command,
+    check_output,
+    chosen_bundle,
+    emit,
+    file_size,
+)
 
 # Each test's score in terms of the graph's outputs.
 FORMULAS = {
@@ -54,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.guarded import GRAPH_VERSION, UNROLLED_CLASSES, guarded_model
     from guard.runtime import load_model, session_of
 
+    check_output("--out", arguments.out, ".onnx")
     bundle = bundles.load(chosen_bundle(arguments), graph_version=GRAPH_VERSION)
     calibration = bundle.calibration
     score = arguments.score or ("jacobian" if calibration is None else calibration.score)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from guard.errors import UsageError
 from guard.settings import bundle_path, upload_limits
 
 if TYPE_CHECKING:
@@ -136,6 +137,23 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=_threads, default=0, metavar="N", help="CPU threads (default: one per core)"
     )
+
+
+def check_output(option: str, path: Path, *suffixes: str) -> None:
+    """Raises `UsageError` where a file that a command is to write would take the place of a folder, of a file
+    of another kind than these suffixes tell, or of a part of a bundle or of results.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder: give the name of a file.")
+    if not path.is_file():
+        return
+    whole = any((path.parent / name).is_file() for name in ("manifest.json", "settings.json"))
+    part = whole and path.suffix.lower() in (".json", ".onnx")
+    if part or path.suffix.lower() not in suffixes:
+        what = "is part of what lies in its folder" if part else "holds something of another kind"
+        raise UsageError(
+            f"{option} {path}: {what}, which would be lost. Give another name ending in {suffixes[0]}."
+        )
 
 
 def _threads(text: str) -> int:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard.cli.options import Subparsers, add_command, emit
+from guard.cli.options import Subparsers, add_command, check_output, emit
 from guard.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     against = None if arguments.against is None else read(arguments.against)
     stability = dict(_facts(path) for path in arguments.stability)
     out = arguments.out or arguments.results / "report.html"
-    if out.is_dir():
-        raise UsageError(f"--out {out}: is a folder; expected a file's name such as {out / 'report.html'}.")
+    check_output("--out", out, ".html", ".htm")
+    if arguments.markdown is not None:
+        check_output("--markdown", arguments.markdown, ".md", ".markdown", ".txt")
     write_text(out, page(evaluation, against, stability))
     lines = [f"wrote {out}"]
     if arguments.markdown is not None:
