@@ -8,7 +8,7 @@ checks leave it off. A point that is not finite, or whose logits are not, never 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -76,13 +76,14 @@ class Found:
     """Attacked images (B, C, H, W), the attacks' success (B,) and how far they went (B,; inf: failed).
 
     `passes` (B,), where it was counted, is the cost of each image in forward passes until the attack first
-    succeeded, and all it spent where it failed.
+    succeeded, and all it spent where it failed; `spent` (B,), where that was counted, is all in either case.
     """
 
     images: Floats
     success: NDArray[np.bool_]
     distance: NDArray[np.float64]
     passes: NDArray[np.int64] | None = None
+    spent: NDArray[np.int64] | None = None
 
 
 def column(values: NDArray[np.float64] | Floats) -> Floats:
@@ -324,27 +325,12 @@ def nearest(
     unseen. So each of the `classes` most probable others but the runner-up gets an attack of its own, on z_k
     - z_c, for the images whose linearized distance to it is below `WITHIN` times the nearest found so far.
     """
-    return nearest_and_cost(model, images, labels, norm=norm, steps=steps, classes=classes, clip=clip)[0]
-
-
-def nearest_and_cost(
-    model: WithRows,
-    images: Floats,
-    labels: Labels,
-    *,
-    norm: Norm,
-    steps: int = 20,
-    classes: int = CLASSES,
-    clip: bool = False,
-) -> tuple[Found, NDArray[np.int64]]:
-    """`nearest`, and all that it spent on each image (B,), in forward passes."""
     best = minimum_norm(model, images, labels, norm=norm, steps=steps, clip=clip)
-    once = (steps + 1) * GRADIENT + BISECTIONS * FORWARD
-    spent = np.where(best.distance > 0, once, GRADIENT)
+    spent = np.where(best.distance > 0, nearest_passes(steps), GRADIENT)
     passes = spent.copy() if best.passes is None else best.passes
     open_ = np.flatnonzero(best.distance > 0)
     if not len(open_):
-        return best, spent
+        return replace(best, spent=spent)
 
     def charge(rows: Rows, cost: int | NDArray[np.int64]) -> None:
         passes[rows] += np.where(best.success[rows], 0, cost)
@@ -365,11 +351,17 @@ def nearest_and_cost(
         )
         if found.passes is not None:
             charge(rows, found.passes)
-        spent[rows] += once
+        spent[rows] += nearest_passes(steps)
         nearer = found.distance < best.distance[rows]
         best.images[rows[nearer]] = found.images[nearer]
         best.success[rows[nearer]], best.distance[rows[nearer]] = True, found.distance[nearer]
-    return Found(best.images, best.success, best.distance, passes), spent
+    return Found(best.images, best.success, best.distance, passes, spent)
+
+
+def nearest_passes(steps: int, classes: int = 1, bisections: int = BISECTIONS) -> int:
+    """The most that `minimum_norm` costs, or `nearest` led towards so many classes."""
+    once = (steps + 1) * GRADIENT + bisections * FORWARD
+    return once + (classes > 1) * (FORWARD + (classes - 1) * (GRADIENT + once))
 
 
 def _nearest_towards(

@@ -22,7 +22,8 @@ from guard.attacks import (
     falling,
     length,
     misclassified,
-    nearest_and_cost,
+    nearest,
+    nearest_passes,
     others,
     project,
     steepest,
@@ -40,7 +41,6 @@ from guard.evaluation.ascent import (
     margin_of,
     merit,
     moved,
-    nearest_passes,
 )
 from guard.evaluation.attack import SCORES, Attack, knowing, named
 from guard.evaluation.carlini_wagner import INSIDE
@@ -228,12 +228,11 @@ def nearest_accepted(
     FMN, `steps` inside a ball that shrinks below the nearest accepted image, and grows again while there is
     none; last, bisection of the segment to the image.
     """
-    near, spent = nearest_and_cost(
-        target.model, images, labels, norm=norm, clip=True, steps=steps // 2, classes=classes
-    )
+    near = nearest(target.model, images, labels, norm=norm, clip=True, steps=steps // 2, classes=classes)
     reach = np.maximum(near.distance, FLOOR[norm])
     kept = Kept.of(images)
-    kept.charge(np.arange(len(images)), spent)
+    if near.spent is not None:
+        kept.charge(np.arange(len(images)), near.spent)
     for factor in OUTWARD:
         rows = np.flatnonzero(~kept.success & near.success)
         if not len(rows):

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.attacks import (
-    BISECTIONS,
     FORWARD,
     GRADIENT,
     TINY,
@@ -21,6 +20,7 @@ from guard.attacks import (
     falling,
     length,
     minimum_norm,
+    nearest_passes,
     others,
     project,
     random_directions,
@@ -163,12 +163,6 @@ def confirmed(
     if len(rows):
         kept.success[rows] = judge(target, kept.images[rows], labels[rows], score).success
     return kept.found(images, norm)
-
-
-def nearest_passes(steps: int, classes: int = 1, bisections: int = BISECTIONS) -> int:
-    """The most that `minimum_norm` costs, or `nearest` led towards so many classes."""
-    once = (steps + 1) * GRADIENT + bisections * FORWARD
-    return once + (classes > 1) * (FORWARD + (classes - 1) * (GRADIENT + once))
 
 
 def deep_passes(start: Start, steps: int) -> int:

@@ -4,9 +4,9 @@ from typing import get_args
 
 import numpy as np
 
-from guard.attacks import Floats, Found, Labels, falling, minimum_norm, project
+from guard.attacks import Floats, Found, Labels, falling, minimum_norm, nearest_passes, project
 from guard.bundle import ScoreName
-from guard.evaluation.ascent import Kept, moved, nearest_passes
+from guard.evaluation.ascent import Kept, moved
 from guard.evaluation.attack import SCORES, Attack, knowing
 from guard.evaluation.served import DESCENT, JUDGED, descent, judge
 from guard.evaluation.target import Target, Values

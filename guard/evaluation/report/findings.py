@@ -7,7 +7,7 @@ import numpy as np
 from guard.bundle import ScoreName
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import MANY_CLASSES, Evaluation, plain
-from guard.evaluation.results import Results, Standing
+from guard.evaluation.results import AttackResult, Results, Standing
 from guard.evaluation.target import Values
 from guard.norms import NORMS, Norm
 
@@ -110,6 +110,13 @@ def _gaps(evaluation: Evaluation) -> list[str]:
     if refused := [f"{one.name} ({one.reason})" for one in results.left_out]:
         said.append(f"Asked for and left out: {'; '.join(refused)}")
     return said
+
+
+def detected(evaluation: Evaluation) -> list[tuple[AttackResult, list[str]]]:
+    """The attacks of whose successes a score that they do not evade says something, with a cell per score."""
+    results = evaluation.results
+    found = [(one, [words.detection(one, score) for score in results.scores]) for one in results.attacks]
+    return [(one, cells) for one, cells in found if set(cells) != {words.MISSING}]
 
 
 def false_alarms(evaluation: Evaluation) -> list[list[str]]:

@@ -132,10 +132,8 @@ def _attacks(evaluation: Evaluation) -> Iterable[list[str]]:
 
 
 def _detection(evaluation: Evaluation) -> Iterable[list[str]]:
-    for one in evaluation.results.attacks:
-        cells = [words.detection(one, score) for score in evaluation.results.scores]
-        if set(cells) != {words.MISSING}:
-            yield [words.attack(one) + (f" (knows {one.aware})" if one.aware else ""), *cells]
+    for one, cells in findings.detected(evaluation):
+        yield [words.attack(one) + (f" (knows {one.aware})" if one.aware else ""), *cells]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

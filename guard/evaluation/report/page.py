@@ -363,11 +363,9 @@ def _detection(both: Sequence[Evaluation]) -> str:
     for evaluation in both:
         scores = evaluation.results.scores
         rows = []
-        for one in evaluation.results.attacks:
-            cells = [words.detection(one, score) for score in scores]
-            if set(cells) != {words.MISSING}:
-                knows = f"evades {one.aware}" if one.aware else "no detector"
-                rows.append([words.attack(one), knows, *cells])
+        for one, cells in findings.detected(evaluation):
+            knows = f"evades {one.aware}" if one.aware else "no detector"
+            rows.append([words.attack(one), knows, *cells])
         head = ("attack", "knows", *(f"{score}: rejected; AUROC" for score in scores))
         parts.append(_FROM)
         parts.append(_table(f"Detection, {findings.name(evaluation)}", head, rows))
