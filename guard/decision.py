@@ -26,7 +26,7 @@ from guard.certificate import (
     omega_radius,
     strongest_first,
 )
-from guard.errors import BundleError
+from guard.errors import BundleError, DataError
 from guard.guarded import GRAPH_VERSION
 from guard.images import LIMITS, Limits, decode
 from guard.norms import NORMS, Norm
@@ -38,6 +38,8 @@ Float64 = NDArray[np.float64]
 
 TOP = 5
 """The number of classes listed, most probable first."""
+
+_ROUNDING = 1e-3  # of pixel values outside [0, 1] that arithmetic may leave
 
 REASONS = {
     "jacobian": "jacobian_norm",
@@ -226,7 +228,17 @@ class Guard:
         return decode(data, manifest.input.shape, **options, declared=declared, limits=limits)
 
     def classify(self, images: Float32) -> list[Decision]:
-        """Decides images (B, C, H, W) in [0, 1], B >= 0: one decision each, in order."""
+        """Decides images (B, C, H, W) in [0, 1], B >= 0: one decision each, in order.
+
+        Raises `DataError` for images of another shape, and for pixel values outside [0, 1], as in 0 to 255.
+        NaN and infinity are no error, but a reason to reject.
+        """
+        values = np.asarray(images)[np.isfinite(images)]
+        if values.size and (values.min() < -_ROUNDING or values.max() > 1 + _ROUNDING):
+            raise DataError(
+                f"images have pixel values from {values.min():g} to {values.max():g}: expected floats in "
+                "[0, 1]. Divide bytes by 255."
+            )
         return list(self.decide(self.measure(images))) if len(images) else []
 
     def measure(self, images: Float32) -> Measurement:

@@ -239,7 +239,7 @@ def test_the_summary_says_the_verdict_first_in_80_columns(folder: Path, tmp_path
     assert "    most fall to nearest-accepted-margin-gradient-linf: 700 of 870" in lines
     (first,) = (line for line in lines if line.startswith("    first 200: "))
     assert first.startswith("    first 200: 10.0% [0.1%, 99.9%]; 3 of the 23 left fell to boundary-linf, ")
-    assert "signs of masked gradients: 1 found, 0 absent, 0 not looked for" in lines
+    assert "signs of masked gradients: 1 found, 0 absent, 0 undecided, 0 not looked for" in lines
     assert any("conformal" in line and "1.2% of 1000 (<= 99.9%), 0.50" in line for line in lines)
     assert "  right without attack:" in lines[1]
     assert lines[1].endswith("(95% intervals in brackets)")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from guard import bundle as bundles
 from guard.bundle import Bundle, Calibration, InputShape, Manifest, Preprocessing, dump
 from guard.decision import Decision, Guard, ratio, two_digits
-from guard.errors import BundleError
+from guard.errors import BundleError, DataError
 from guard.files import sha256
 from guard.guarded import GRAPH_VERSION
 from guard.runtime import Detector
@@ -341,15 +341,15 @@ def test_any_measurement_that_is_undefined_rejects(tmp_path: Path, name: str) ->
 
 def test_further_rows_can_reject(tmp_path: Path) -> None:
     # The third class is unlikely, but its row is twice as long as those of the two that share the rest.
-    weight = np.array([[4.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 1e4, 0]], np.float32)
+    weight = np.array([[4.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 1e4, 0]], np.float32) * np.float32(4 / 3)
     bias = np.array([0, 0, -3.0], np.float32)
-    path = write_bundle(tmp_path / "b", linear(weight, bias), threshold=3.5, row_bound=1e4)
+    path = write_bundle(tmp_path / "b", linear(weight, bias), threshold=4.5, row_bound=2e4)
     found = Guard.from_bundle(path, "cpu", policy=Policy())
-    picture = image(1.0, 4 / 3, 0, 0)
-    assert found.detector.measure(picture).jacobian[0] < 3.5
+    picture = image(0.75, 1.0, 0, 0)
+    assert found.detector.measure(picture).jacobian[0] < 4.5
     (decision,) = found.classify(picture)
     assert decision.reasons == ["jacobian_norm"]
-    assert decision.measured.score > 3.5
+    assert decision.measured.score > 4.5
 
 
 def test_bundles_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -414,3 +414,12 @@ def test_two_digits_never_enlarges_and_stays(value: float) -> None:
     cut = two_digits(value)
     assert 0.9 * value <= cut <= value
     assert two_digits(cut) == cut
+
+
+def test_bytes_are_no_pixel_values(tmp_path: Path) -> None:
+    guard = guard_of(tmp_path / "b", threshold=9.0)
+    with pytest.raises(DataError, match=r"from 0 to 255: expected floats in \[0, 1\]\. Divide bytes by 255"):
+        guard.classify(image(255.0, 128.0, 0, 0))
+    with pytest.raises(DataError, match="from -1 to 1"):
+        guard.classify(image(1.0, -1.0, 0, 0))
+    assert guard.classify(image(1.0 + 1e-6, -1e-6, 0, 0))[0].accepted

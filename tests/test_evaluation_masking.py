@@ -127,6 +127,21 @@ def test_more_steps_may_lose_one_in_a_hundred(lost: int, verdict: str) -> None:
     assert checks["more steps are stronger, linf"].verdict == "passed"
 
 
+def test_where_nothing_falls_attacks_are_not_compared() -> None:
+    nothing = probed(**{f"l2_{steps}": 0 for steps in masking.STEPS})
+    found = [finished("pgd-l2", "gradients", [], 0.2), finished("square-l2", "scores", [], 0.2)]
+    checks = by_name(masking.checks(found, nothing, BUDGETS))
+    assert {name for name, check in checks.items() if check.verdict == "undecided"} == {
+        "more steps are stronger, l2",
+        "many steps beat one, l2",
+        "random search finds nothing that PGD does not, l2",
+        "gradients beat search by queries, l2",
+    }
+    nothing["l2-random"][:3] = True
+    checks = by_name(masking.checks([], nothing, BUDGETS))
+    assert checks["random search finds nothing that PGD does not, l2"].verdict == "failed"
+
+
 def test_one_step_better_than_many() -> None:
     checks = by_name(masking.checks([], probed(linf_20=90, linf_80=90, linf_5=90), BUDGETS))
     check = checks["many steps beat one, linf"]

@@ -661,6 +661,9 @@ class TestFindings:
         skipped = [CHECKS[2].model_copy(update={"name": f"queries, {norm}"}) for norm in ("l2", "linf")]
         said = findings.masking(changed(evaluation, checks=[CHECKS[0], *skipped]))
         assert said == "No sign of gradient masking in 1 check; 2 not run, for want of attacks to compare."
+        undecided = CHECKS[0].model_copy(update={"name": "more steps", "verdict": "undecided"})
+        said = findings.masking(changed(evaluation, checks=[CHECKS[0], undecided]))
+        assert said == "No sign of gradient masking in 1 check; 1 undecided, as nothing fell at its budget."
 
 
 def changed(evaluation: Evaluation, **update: Any) -> Evaluation:

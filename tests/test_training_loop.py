@@ -377,14 +377,28 @@ class TestResume:
         with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged"):
             train(dataset(), TINY, uninterrupted, resume=True)
 
-    def test_a_checkpoint_that_was_left_behind_is_taken_on_request_only(
-        self, uninterrupted: Path, whole: Path
-    ) -> None:
-        (uninterrupted / "config.json").unlink()
-        train(dataset(), replace(TINY, epochs=1, seed=7), uninterrupted)
-        found = checkpoint.load(uninterrupted / "checkpoint.pt")
-        assert found.epoch == 1
-        assert not torch.equal(found.model["classifier.weight"], weights(whole)["classifier.weight"])
+    @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "curves.html"])
+    def test_what_something_else_left_there_stays(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UsageError, match=rf"holds {re.escape(name)} of something else\. Give another"):
+            train(dataset(), TINY, tmp_path, resume=True)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+    def test_a_log_in_its_folder_is_no_hindrance(self, tmp_path: Path) -> None:
+        (tmp_path / "log.txt").write_text("mine")
+        train(dataset(), TINY, tmp_path)
+        assert (tmp_path / "log.txt").read_text() == "mine"
+
+    def test_one_process_at_a_time(self, uninterrupted: Path) -> None:
+        before = (uninterrupted / "checkpoint.pt").read_bytes()
+        lock = uninterrupted / loop.LOCK
+        with (
+            files.locked(lock, "the first"),
+            pytest.raises(UsageError, match=r"another guard train is writing there \(process \d+\)"),
+        ):
+            train(dataset(), TINY, uninterrupted, resume=True)
+        assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+        assert not lock.exists()
 
     def test_of_a_damaged_config_is_refused(self, uninterrupted: Path) -> None:
         (uninterrupted / "config.json").write_text('{"settings": 1}')

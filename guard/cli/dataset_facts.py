@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard import data
-from guard.cli.options import class_list, emit, screen_lines
+from guard.cli.options import check_output, class_list, emit, screen_lines
 from guard.errors import UsageError
 from guard.files import atomic_open
 from guard.neighbours import Nearest, Pair, Separation, lipschitz, separation, stability
@@ -23,8 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks the options that go with `--dataset`, computes and shows."""
     if arguments.bundle is not None or arguments.bounds:
         raise UsageError("--dataset is about images: give it without BUNDLE and --bounds.")
-    if arguments.out is not None and arguments.out.suffix != ".svg":
-        raise UsageError(f"--out {arguments.out}: expected a name that ends in .svg.")
+    if arguments.out is not None:
+        if arguments.out.suffix != ".svg":
+            raise UsageError(f"--out {arguments.out}: expected a name that ends in .svg.")
+        check_output("--out", arguments.out, ".svg")
     split: data.Split = arguments.split or "train"
     dataset = data.load(arguments.dataset, split)
     found = separation(dataset.images, dataset.labels, arguments.norm or "l2")

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import textwrap
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,12 +363,10 @@ def summary(results: "Results", out: Path) -> str:
         lines += [_cut(f"  {one.name}: {one.reason}") for one in results.left_out]
     if results.checks:
         failed = [check for check in results.checks if check.verdict == "failed"]
-        skipped = sum(check.verdict == "not run" for check in results.checks)
-        passed = len(results.checks) - len(failed) - skipped
-        lines += [
-            "",
-            f"signs of masked gradients: {len(failed)} found, {passed} absent, {skipped} not looked for",
-        ]
+        count: Counter[str] = Counter(check.verdict for check in results.checks)
+        told = {"failed": "found", "passed": "absent", "undecided": "undecided", "not run": "not looked for"}
+        counts = ", ".join(f"{count[verdict]} {word}" for verdict, word in told.items())
+        lines += ["", f"signs of masked gradients: {counts}"]
         lines += [_cut(f"  {check.name}: {check.found}") for check in failed]
     if results.radii:
         lines += ["", "radii that some attack broke (and their share of the nearest attack's distance):"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -141,13 +142,17 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def check_output(option: str, path: Path, *suffixes: str) -> None:
     """Raises `UsageError` where a file that a command is to write would take the place of a folder, of a file
-    of another kind than these suffixes tell, or of a part of a bundle or of results.
+    of another kind than these suffixes tell, or of a part of a bundle or of results, and where it cannot be
+    written. To be called before any work.
     """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {path}: nothing can be written to {folder}. Choose another folder.")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder: give the name of a file.")
     if not path.is_file():
         return
-    whole = any((path.parent / name).is_file() for name in ("manifest.json", "settings.json"))
+    whole = any((path.parent / name).is_file() for name in ("manifest.json", "settings.json", "results.json"))
     part = whole and path.suffix.lower() in (".json", ".onnx")
     if part or path.suffix.lower() not in suffixes:
         what = "is part of what lies in its folder" if part else "holds something of another kind"

@@ -16,7 +16,7 @@ from guard.attacks import Differentiable, Floats, Labels, column, misclassified,
 from guard.bundle import ScoreName
 from guard.evaluation import adaptive
 from guard.evaluation.attack import QUERIES, Knowledge, named
-from guard.evaluation.results import Check, Finished, Flags
+from guard.evaluation.results import Check, CheckVerdict, Finished, Flags
 from guard.evaluation.target import Target
 from guard.norms import Norm
 from guard.stages import Arrays
@@ -174,7 +174,7 @@ def _more_steps(probed: Arrays, norm: Norm, eps: float) -> Check:
     falls = max(before - after for before, after in pairwise(values))
     return Check(
         name=f"more steps are stronger, {norm}",
-        verdict="passed" if _few(falls, n) else "failed",
+        verdict=_verdict(_few(falls, n), fell=max(values)),
         expected=f"PGD at {eps:.4g} breaks no fewer images with more steps",
         found=", ".join(f"{count} with {steps}" for steps, count in counts.items()) + f", of {n}",
         numbers={"n": n, "budget": eps} | {f"steps {steps}": count for steps, count in counts.items()},
@@ -186,7 +186,7 @@ def _one_step(probed: Arrays, norm: Norm, eps: float) -> Check:
     alone = int((once & ~often).sum())
     return Check(
         name=f"many steps beat one, {norm}",
-        verdict="passed" if _few(alone, len(once)) else "failed",
+        verdict=_verdict(_few(alone, len(once)), fell=int((once | often).sum())),
         expected=f"one step of {eps:.4g} breaks no image that {STEPS[2]} steps do not",
         found=f"{alone} of {len(once)} images; one step breaks {int(once.sum())}, {STEPS[2]} break "
         f"{int(often.sum())}",
@@ -205,7 +205,7 @@ def _random_search(probed: Arrays, norm: Norm, eps: float) -> Check:
     left = n - int(probed[f"{norm}-{STEPS[-1]}"].sum())
     return Check(
         name=f"random search finds nothing that PGD does not, {norm}",
-        verdict="passed" if _few(alone, n) else "failed",
+        verdict=_verdict(_few(alone, n), fell=n - left + alone),
         expected=f"none of {DRAWS} random perturbations of {eps:.4g} breaks an image that PGD does not",
         found=f"{alone} of the {left} images that PGD left standing",
         numbers={"random alone": alone, "left by PGD": left, "n": n, "draws": DRAWS, "budget": eps},
@@ -243,7 +243,7 @@ def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) 
     alone = int((by_black_box & ~by_gradients).sum())
     return Check(
         name=name,
-        verdict="passed" if _few(alone, len(rows)) else "failed",
+        verdict=_verdict(_few(alone, len(rows)), fell=int((by_black_box | by_gradients).sum())),
         expected=expected,
         found=f"{alone} of {len(rows)} images; {kind} breaks {int(by_black_box.sum())}, gradients "
         f"{int(by_gradients.sum())}",
@@ -333,3 +333,8 @@ def _broken(finished: Sequence[Finished], norm: Norm, eps: float, score: ScoreNa
 
 def _few(count: int, n: int) -> bool:
     return count <= max(1, int(TOLERANCE * n))
+
+
+def _verdict(good: bool, *, fell: int) -> CheckVerdict:
+    """Attacks that break nothing at all, at too small a budget, say nothing of one another."""
+    return ("passed" if good else "failed") if fell else "undecided"

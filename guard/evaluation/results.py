@@ -159,11 +159,17 @@ class Standing(Record):
     subsets: list[Subset] = Field(default_factory=list)
 
 
+CheckVerdict = Literal["passed", "failed", "undecided", "not run"]
+
+
 class Check(Record):
-    """One sign of gradient masking: `verdict`, what was expected, what was found."""
+    """One sign of gradient masking: `verdict`, what was expected, what was found.
+
+    Undecided: no image fell to any of the attacks compared. Not run: there are none to compare.
+    """
 
     name: str
-    verdict: Literal["passed", "failed", "not run"]
+    verdict: CheckVerdict
     expected: str
     found: str
     numbers: dict[str, float] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ others can be added later.
 """
 
 import logging
+import math
 import os
 import platform
 import time
@@ -122,8 +123,8 @@ def evaluate(
 
     Raises `DataError` for data without labels, of another shape, too few, or that the model was trained on,
     `UsageError` where `out` or a joined folder holds something else, where another run is writing to `out`,
-    and for a task that knows a score that is not judged, `BundleError` for the bundle, and what `Detector`
-    raises, or the only attack.
+    for a task that knows a score that is not judged, and for a budget that holds all images there are,
+    `BundleError` for the bundle, and what `Detector` raises, or the only attack.
     """
     run = _Run(folder, dataset, Path(out), settings, provider, threads, twin, joined, command, arguments)
     whole = Path(out).resolve()
@@ -181,6 +182,7 @@ class _Run:
                     f"{task.attack.name} knows the score {task.attack.aware}, which is not judged: add it to "
                     f"the scores (now {', '.join(self.scores)})."
                 )
+            _check_budget(task, math.prod(self.model.input_shape))
         self.folder.take_up(self.joined, self.twin)
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
@@ -520,6 +522,17 @@ class _Run:
 def _by_name(finished: Sequence[Finished]) -> list[AttackResult]:
     """Whatever order they were run in, and from whichever folder they come."""
     return sorted((one.result for one in finished), key=lambda one: (one.name, one.budget or 0.0))
+
+
+def _check_budget(task: Task, size: int) -> None:
+    """Raises `UsageError` for a budget that takes any image of so many pixel values into any other."""
+    farthest = {"l2": math.sqrt(size), "linf": 1.0}
+    norm = task.attack.norm
+    if task.budget is not None and norm is not None and task.budget >= farthest[norm]:
+        raise UsageError(
+            f"{task.attack.name}: the budget {task.budget:g} holds all images there are, as pixel values are "
+            f"in [0, 1]: expected less than {farthest[norm]:.4g} in {norm}, such as {BUDGETS[norm][0]:.4g}."
+        )
 
 
 def _outstanding(task: Task) -> str:

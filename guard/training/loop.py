@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from guard.training.settings import Precision, Settings
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 
 CHECKPOINT_SECONDS = 300.0  # between checkpoints inside an epoch
 
@@ -67,10 +68,10 @@ def train(
     memory. `arguments` go into the provenance. Of several processes (`distributed.processes`) the first one
     writes, and raises the errors of all.
 
-    Raises `UsageError` for settings that make no sense and where `out` holds another run, `DataError` for
-    data that cannot be trained on, and `TrainingError` where the loss is not finite (the last good checkpoint
-    stays) or a checkpoint cannot be read or written. SIGINT and SIGTERM write a checkpoint, then raise
-    `KeyboardInterrupt`.
+    Raises `UsageError` for settings that make no sense, where `out` holds another run or something else, and
+    where another process trains into it, `DataError` for data that cannot be trained on, and `TrainingError`
+    where the loss is not finite (the last good checkpoint stays) or a checkpoint cannot be read or written.
+    SIGINT and SIGTERM write a checkpoint, then raise `KeyboardInterrupt`.
     """
     with distributed.together():
         settings.check()
@@ -80,6 +81,7 @@ def train(
         _check_test(test, dataset, batches)
         config = _config(dataset, settings, batches, arguments or {})
     with (
+        ExitStack() as held,
         _random_state(settings.seed, device, deterministic=deterministic),
         _no_tf32(),
         worker_failures(),
@@ -90,6 +92,7 @@ def train(
             model = _network(config).to(device)
             grammar.check_network(bound, model, batches.shape)
             if distributed.rank() == 0:
+                held.enter_context(_alone(out))
                 _open(out, config, resume=resume)
         model.to(memory_format=torch.channels_last)
         if distributed.rank() > 0:
@@ -488,14 +491,23 @@ def _no_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def _alone(out: Path) -> AbstractContextManager[None]:
+    """Holds the run's folder against other processes; raises `UsageError` where one trains into it."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected the folder of a run, or a new one.")
+    return files.locked(out / LOCK, f"--out {out}: another guard train is writing there")
+
+
 def _open(out: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Writes the run's config, or sees that the one there is the same.
 
     A run that was stopped before its first checkpoint left nothing to go on with: another takes its place.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; expected the folder of a run, or a new one.")
     path = out / CONFIG
+    if not path.exists():
+        for name in (checkpoint.CHECKPOINT, METRICS, curves.CURVES):
+            if (out / name).exists():
+                raise UsageError(f"--out {out}: holds {name} of something else. Give another --out.")
     if not path.exists() or not (out / checkpoint.CHECKPOINT).exists():
         if path.exists():
             try:

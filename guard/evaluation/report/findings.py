@@ -1,5 +1,6 @@
 """What an evaluation amounts to, in plain words: the same for the page and for the model's card."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -260,16 +261,16 @@ def dearer(evaluation: Evaluation, norm: Norm) -> Values:
 def masking(evaluation: Evaluation) -> str:
     """The masking checks in one sentence."""
     checks = evaluation.results.checks
-    by = {
-        verdict: [one.name for one in checks if one.verdict == verdict]
-        for verdict in ("passed", "failed", "not run")
-    }
     if not checks:
         return "No check for gradient masking was run."
-    if by["failed"]:
-        return f"Signs of gradient masking: {'; '.join(by['failed'])}. The figures may be too good."
-    count = len(by["passed"])
-    rest = f"; {len(by['not run'])} not run, for want of attacks to compare" if by["not run"] else ""
+    if failed := [check.name for check in checks if check.verdict == "failed"]:
+        return f"Signs of gradient masking: {'; '.join(failed)}. The figures may be too good."
+    counts = Counter(check.verdict for check in checks)
+    count, rest = counts["passed"], ""
+    if counts["undecided"]:
+        rest += f"; {counts['undecided']} undecided, as nothing fell at its budget"
+    if counts["not run"]:
+        rest += f"; {counts['not run']} not run, for want of attacks to compare"
     return f"No sign of gradient masking in {count} check{'' if count == 1 else 's'}{rest}."
 
 
