@@ -33,7 +33,7 @@ class Routes:
 
     def application(self) -> Starlette:
         """All routes."""
-        return Starlette(
+        application = Starlette(
             routes=[
                 Route("/", self.page),
                 Route("/classify", self.classify, methods=["POST"]),
@@ -46,6 +46,9 @@ class Routes:
                 Mount("/page", StaticFiles(directory=PAGE)),
             ]
         )
+        # To an address made of the Host header, which behind a proxy is not the client's.
+        application.router.redirect_slashes = False
+        return application
 
     async def page(self, _: Request) -> Response:
         """`GET /`."""

@@ -357,6 +357,7 @@ def test_websockets_are_refused(client: Client) -> None:
     ("method", "path", "status", "code", "allow"),
     [
         ("GET", "/nothing", 404, "not_found", None),
+        ("GET", "/model/", 404, "not_found", None),
         ("GET", "/page/../../settings.py", 404, "not_found", None),
         ("GET", "/page/%2e%2e/service.py", 404, "not_found", None),
         ("GET", "/samples/nothing.png", 404, "not_found", None),
