@@ -289,7 +289,6 @@ def minimum_norm(
     *,
     norm: Norm,
     steps: int = 40,
-    bisections: int = BISECTIONS,
     clip: bool = False,
 ) -> Found:
     """The nearest point with another prediction that gradient ascent finds, just past the boundary.
@@ -304,9 +303,7 @@ def minimum_norm(
     def ascent(points: Floats, rows: Rows) -> tuple[Floats, Floats, Floats]:
         return model.loss_gradient(points, labels[rows], "margin")
 
-    return _minimum_norm(
-        model, images, labels, ascent, norm=norm, steps=steps, bisections=bisections, clip=clip
-    )
+    return _minimum_norm(model, images, labels, ascent, norm=norm, steps=steps, clip=clip)
 
 
 def nearest(
@@ -358,9 +355,9 @@ def nearest(
     return Found(best.images, best.success, best.distance, passes, spent)
 
 
-def nearest_passes(steps: int, classes: int = 1, bisections: int = BISECTIONS) -> int:
+def nearest_passes(steps: int, classes: int = 1) -> int:
     """The most that `minimum_norm` costs, or `nearest` led towards so many classes."""
-    once = (steps + 1) * GRADIENT + bisections * FORWARD
+    once = (steps + 1) * GRADIENT + BISECTIONS * FORWARD
     return once + (classes > 1) * (FORWARD + (classes - 1) * (GRADIENT + once))
 
 
@@ -393,7 +390,6 @@ def _minimum_norm(
     *,
     norm: Norm,
     steps: int,
-    bisections: int = BISECTIONS,
     clip: bool,
 ) -> Found:
     """`minimum_norm` on the loss of `ascent(points, rows)`: logits, loss, positive beyond the boundary, and
@@ -440,7 +436,7 @@ def _minimum_norm(
         )
         rate = eps[rows] * np.maximum(decay, 0.05)
         shift[rows] = project(moved + column(rate) * steepest(gradient, norm), eps[rows], norm)
-    best = onto_boundary(model, images, best, labels, np.isfinite(distance) & (distance > 0), bisections)
+    best = onto_boundary(model, images, best, labels, np.isfinite(distance) & (distance > 0))
     success = np.isfinite(distance)
     distance[success] = length(best - images, norm)[success]
     return Found(best, success, distance, passes)
@@ -452,7 +448,6 @@ def onto_boundary(
     adversarial: Floats,
     labels: Labels,
     where: NDArray[np.bool_],
-    bisections: int = BISECTIONS,
 ) -> Floats:
     """The adversarial images (B, C, H, W), those of `where` (B,) moved back towards their images as far as a
     bisection of the straight segment between them finds the prediction still another than the label.
@@ -460,7 +455,7 @@ def onto_boundary(
     best = adversarial.copy()
     rows = np.flatnonzero(where)
     low, high = np.zeros(len(rows)), np.ones(len(rows))
-    for _ in range(bisections if len(rows) else 0):
+    for _ in range(BISECTIONS if len(rows) else 0):
         middle = (low + high) / 2
         points = images[rows] + column(middle) * (best[rows] - images[rows])
         flipped = misclassified(points, model.logits(points), labels[rows])

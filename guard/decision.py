@@ -254,7 +254,7 @@ class Guard:
 
     def decide(self, measurement: Measurement) -> Iterator[Decision]:
         """Turns measurements of B images into decisions: everything but running the model."""
-        tests = self._tests(measurement)
+        tests = self.tests(measurement)
         scores = self._scores(tests)
         radii = {norm: self.radii(measurement, norm) for norm in NORMS}
         finite = measurement.finite
@@ -295,7 +295,7 @@ class Guard:
 
     def ratios(self, measurement: Measurement) -> Float64:
         """Largest score over its threshold (B,): at most 1 exactly where all tests pass; NaN stays."""
-        return _largest_ratio(self._tests(measurement))
+        return _largest_ratio(self.tests(measurement))
 
     def _row_threshold(self) -> float | None:
         """The threshold of the Jacobian test, where one may need more than two rows."""
@@ -305,7 +305,7 @@ class Guard:
             return next(test.threshold for test in self.calibration.tests if test.name == "jacobian")
         return None
 
-    def _tests(self, measurement: Measurement) -> dict[str, tuple[Float64, float]]:
+    def tests(self, measurement: Measurement) -> dict[str, tuple[Float64, float]]:
         """Scores (B,) and threshold of every test that an accepted image must pass, by name."""
         if self.calibration.score == "combined":
             pairs = [(test.name, test.threshold) for test in self.calibration.tests]

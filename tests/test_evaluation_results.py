@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from guard.errors import DataError
-from guard.evaluation.results import auroc, auroc_interval, load, load_arrays, summary
+from guard.evaluation.results import (
+    auroc,
+    auroc_interval,
+    detection,
+    load,
+    load_arrays,
+    paired_interval,
+    summary,
+)
 
 
 def test_summary_is_of_the_finite_values() -> None:
@@ -52,6 +60,32 @@ def test_the_interval_of_the_auroc_covers_it(apart: float, attacked: int, clean:
         lower, upper = auroc_interval(found, attacked, clean)
         covered += lower <= area <= upper
     assert 0.92 <= covered / runs <= 0.995
+
+
+@pytest.mark.parametrize(("shift", "alike"), [(0.0, 0.9), (1.0, 0.9), (1.0, 0.0), (-1.0, -0.5)])
+def test_the_interval_of_paired_scores_covers_it(shift: float, alike: float) -> None:
+    generator, covered, runs = np.random.default_rng(0), 0, 400
+    area = 0.5 * math.erfc(-shift / 2)
+    for _ in range(runs):
+        clean = generator.normal(0, 1, 80)
+        rows = generator.permutation(80)[:60]  # those that an attack broke
+        attacked = shift + alike * clean[rows] + math.sqrt(1 - alike**2) * generator.normal(0, 1, 60)
+        lower, upper = paired_interval(attacked, clean, rows)
+        covered += lower <= area <= upper
+    assert 0.92 <= covered / runs <= 0.98
+
+
+def test_the_interval_shown_is_the_wider_one() -> None:
+    clean = np.linspace(0, 1, 40)
+    rows = np.arange(40)
+    for attacked in (clean + 0.1, clean[::-1] + 0.1):
+        found = detection(np.zeros(40, np.bool_), attacked, clean, rows)
+        apart = auroc_interval(found.auroc, 40, 40)
+        paired = paired_interval(attacked, clean, rows)
+        assert found.auroc_lower == min(apart[0], paired[0])
+        assert found.auroc_upper == max(apart[1], paired[1])
+    assert paired_interval(clean + 2, clean, rows) == (1.0, 1.0)
+    assert detection(np.zeros(40, np.bool_), clean + 2, clean, rows).auroc_lower < 1
 
 
 def test_an_auroc_at_an_end_has_an_interval_too() -> None:

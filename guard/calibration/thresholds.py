@@ -107,8 +107,9 @@ def fit(
 
     The threshold is that of the full Jacobian's scores, though most rows are never computed: rows beyond
     the first two are computed for images at or below the threshold that could lie above it, and again
-    for the threshold that follows, until it stays where it is. Then exactly those images lie at or below
-    it whose full Jacobian does.
+    for the threshold that follows, until it stays where it is. Then, as far as `row_bound` holds, which is an
+    estimate, exactly those images lie at or below it whose full Jacobian does. The promised rate does not
+    hang on it: what is served is decided by the same rows.
     """
     settings, score = work.settings, work.settings.score
     scores, levels = _columns(score, clean), _columns(score, reference)

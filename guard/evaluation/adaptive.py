@@ -7,7 +7,6 @@ images of eight bits per channel, as a server gets them, are in `guard.evaluatio
 
 from collections.abc import Sequence
 from functools import partial
-from typing import get_args
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from guard.attacks import (
     steepest,
 )
 from guard.bundle import ScoreName
-from guard.evaluation.apgd import slowed
+from guard.evaluation.apgd import MOMENTUM, slowed
 from guard.evaluation.ascent import (
     DEEP,
     Kept,
@@ -46,7 +45,7 @@ from guard.evaluation.attack import SCORES, Attack, knowing, named
 from guard.evaluation.carlini_wagner import INSIDE
 from guard.evaluation.served import DESCENT, JUDGED, Judged, descent, judge
 from guard.evaluation.target import Classifier, Target, Values
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 
 OUTWARD = (1.02, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
 """Multiples of the distance to the nearest wrong image at which accepted ones are looked for."""
@@ -159,8 +158,9 @@ def _lower(
     points, before = points.copy(), points.copy()
     weight = np.full(len(images), 0.5)
     rate, period = eps / 2, max(2, steps // 5)
-    at_last, value = np.full(len(images), -np.inf), np.full(len(images), -np.inf)
-    raised, halved = np.zeros(len(images), np.int64), np.ones(len(images), np.bool_)
+    at_last, value = np.full(len(images), -np.inf), np.full(len(images), np.nan)  # NaN: compares with nothing
+    raised, compared = np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
+    halved = np.ones(len(images), np.bool_)
     for step in range(steps + 1):
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
@@ -182,18 +182,19 @@ def _lower(
             points[rows] = moved(images[rows], here, pull, length_, eps[rows], norm)
             continue
         ahead = moved(images[rows], here, pull, rate[rows], eps[rows], norm)
-        momentum = np.asarray(0.75 * (ahead - here) + 0.25 * (here - before[rows]), np.float32)
-        shift = project(here + momentum - images[rows], eps[rows], norm)
+        share = MOMENTUM if step else 1.0
+        mixed = np.asarray(share * (ahead - here) + (1 - share) * (here - before[rows]), np.float32)
+        shift = project(here + mixed - images[rows], eps[rows], norm)
         before[rows], points[rows] = here, np.clip(images[rows] + shift, 0.0, 1.0)
-        if step:
-            raised[rows] += now > value[rows]
+        raised[rows] += now > value[rows]
+        compared[rows] += ~np.isnan(value[rows])
         value[rows] = now
         if (step + 1) % period == 0 and step + 1 < steps:
-            halved = slowed(raised, period, halved, kept.merit, at_last)
+            halved = slowed(raised, compared, halved, kept.merit, at_last)
             rate[halved] /= 2
             points[halved] = before[halved] = kept.images[halved]
-            value[halved], at_last = kept.merit[halved], kept.merit.copy()
-            raised[:] = 0
+            value[halved], at_last = np.nan, kept.merit.copy()
+            raised[:] = compared[:] = 0
     return kept
 
 
@@ -411,15 +412,28 @@ def _nearest(score: ScoreName, norm: Norm) -> Attack:
     )
 
 
-def _evasive(score: ScoreName) -> Attack:
-    def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
-        del budget
-        return evasive_carlini_wagner(target, images, labels, score=score, seed=seed)
+def _run_evasive(
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    seed: int,
+    *,
+    score: ScoreName,
+    steps: int,
+    searches: int,
+) -> Found:
+    del budget
+    return evasive_carlini_wagner(
+        target, images, labels, score=score, steps=steps, searches=searches, seed=seed
+    )
 
+
+def _evasive(score: ScoreName) -> Attack:
     return Attack(
         name=named("evasive-cw", score, "l2"),
         title=f"Evasive Carlini-Wagner, knowing {score}",
-        run=run,
+        run=partial(_run_evasive, score=score, steps=60, searches=4),
         norm="l2",
         knowledge="gradients",
         passes=4 * (60 * JUDGED + 59 * PULLED) + JUDGED,
@@ -431,12 +445,12 @@ def _evasive(score: ScoreName) -> Attack:
 def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
     """The attacks that know the detector of this score, strongest first."""
     attacks = []
-    for norm in get_args(Norm):
+    for norm in NORMS:
         attacks += [
             knowing(
                 "joint-pgd",
                 "Joint PGD",
-                partial(joint, first_steps=100),
+                partial(joint, starts=JOINT, deep_steps=20, first_steps=100, steps=20),
                 score,
                 norm,
                 passes=joint_passes(JOINT, 20, 20, first_steps=100),
@@ -445,7 +459,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
             knowing(
                 "joint-apgd",
                 "Joint APGD",
-                partial(joint, adaptive=True, steps=40),
+                partial(joint, starts=JOINT, deep_steps=20, steps=40, adaptive=True),
                 score,
                 norm,
                 passes=joint_passes(JOINT, 40, 20),
@@ -454,7 +468,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
             knowing(
                 "joint-restarts",
                 "Joint PGD, other starts and finer steps",
-                partial(joint, starts=RESTARTS, steps=30, last=0.01, only_wrong=True),
+                partial(joint, starts=RESTARTS, deep_steps=20, steps=30, last=0.01, only_wrong=True),
                 score,
                 norm,
                 passes=joint_passes(RESTARTS, 30, 20) + len(RESTARTS) * FORWARD,
@@ -463,7 +477,7 @@ def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
             knowing(
                 "high-confidence",
                 "High confidence",
-                partial(joint, steps=0, deep_steps=40, starts=DEEP),
+                partial(joint, starts=DEEP, deep_steps=40, steps=0),
                 score,
                 norm,
                 passes=joint_passes(DEEP, 0, 40),

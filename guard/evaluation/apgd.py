@@ -127,7 +127,13 @@ def _ascend(
         here, before = into_ball(np.asarray(mixed, dtype=np.float32)), here
 
 
-def slowed(raised: NDArray[np.int64], steps: int, halved: Flags, highest: Values, at_last: Values) -> Flags:
+def slowed(
+    raised: NDArray[np.int64],
+    steps: int | NDArray[np.int64],
+    halved: Flags,
+    highest: Values,
+    at_last: Values,
+) -> Flags:
     """Whose step is to be halved (B,): of the `steps` since it was looked at last too few `raised` the value,
     or, unless it was `halved` then, the `highest` value is what it was then.
     """

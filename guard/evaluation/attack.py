@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from guard.attacks import Floats, Found, Labels
 from guard.bundle import ScoreName
@@ -64,9 +64,13 @@ class Attack:
 
     @property
     def keywords(self) -> dict[str, bool | int | float | str]:
-        """The plain settings that its function is bound to."""
-        bound = self.run.keywords if isinstance(self.run, partial) else {}
-        return {name: value for name, value in bound.items() if isinstance(value, bool | int | float | str)}
+        """The plain settings that its function, and what it runs, are bound to; of sequences their length."""
+        parts = (*self.run.args, self.run) if isinstance(self.run, partial) else ()
+        bound: dict[str, Any] = {}
+        for part in parts:
+            bound |= part.keywords if isinstance(part, partial) else {}
+        sized = {name: len(value) if isinstance(value, tuple) else value for name, value in bound.items()}
+        return {name: value for name, value in sized.items() if isinstance(value, bool | int | float | str)}
 
     @property
     def installed(self) -> bool:
@@ -143,18 +147,28 @@ def named(method: str, score: ScoreName, norm: Norm) -> str:
     return f"{method}-{norm}" if score == DEFAULT else f"{method}-{score}-{norm}"
 
 
+def _run_knowing(
+    attack: Budgeted,
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    seed: int,
+    *,
+    score: ScoreName,
+    norm: Norm,
+) -> Found:
+    return attack(target, images, labels, bound(budget), score=score, norm=norm, seed=seed)
+
+
 def knowing(
     method: str, title: str, attack: Budgeted, score: ScoreName, norm: Norm, *, passes: int, source: str
 ) -> Attack:
     """The attack bound to the score that it knows, with the norm's budgets."""
-
-    def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
-        return attack(target, images, labels, bound(budget), score=score, norm=norm, seed=seed)
-
     return Attack(
         name=named(method, score, norm),
         title=f"{title}, knowing {score}",
-        run=run,
+        run=partial(_run_knowing, attack, score=score, norm=norm),
         norm=norm,
         knowledge="gradients",
         passes=passes,

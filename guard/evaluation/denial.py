@@ -1,6 +1,6 @@
 """The attack that turns the detector round: clean images made such that it rejects them."""
 
-from typing import get_args
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from guard.evaluation.ascent import Kept, moved
 from guard.evaluation.attack import SCORES, Attack, knowing
 from guard.evaluation.served import DESCENT, JUDGED, descent, judge
 from guard.evaluation.target import Target, Values
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 
 
 def deny(
@@ -27,7 +27,8 @@ def deny(
     """An image that the detector rejects within eps, whatever its class: success means rejected.
 
     First up the logarithm of the test nearest to failing, from the image; then again from the image nearest
-    to the boundary with another class, where gradients are long. Steps fall linearly from eps / 2.
+    to the boundary with another class, where gradients are long. Steps fall linearly from eps / 2, the second
+    time at most from a quarter of the boundary's distance: longer ones would leave what lies beside it.
     """
     del seed  # nothing here is drawn
     budget = np.broadcast_to(np.asarray(eps, np.float64), (len(images),))
@@ -36,12 +37,11 @@ def deny(
         rows = np.flatnonzero(~kept.success)
         if not len(rows):
             break
-        points = images[rows]
+        points, rate = images[rows], budget / 2
         if boundary:
-            near = minimum_norm(
-                target.model, points, labels[rows], norm=norm, clip=True, steps=steps, bisections=15
-            )
-            kept.charge(rows, nearest_passes(steps, 15))
+            near = minimum_norm(target.model, points, labels[rows], norm=norm, clip=True, steps=steps)
+            kept.charge(rows, nearest_passes(steps))
+            rate[rows] = np.minimum(rate[rows], near.distance / 4)
             points = np.clip(points + project(near.images - points, budget[rows], norm), 0.0, 1.0)
         for step in range(steps + 1):
             judged = judge(target, points, labels[rows], score)
@@ -53,8 +53,8 @@ def deny(
             pull = -descent(target.model, points, judged, np.flatnonzero(on))
             rows, points = rows[on], points[on]
             kept.charge(rows, DESCENT)
-            rate = falling(budget[rows] / 2, step, steps)
-            points = moved(images[rows], points, pull, rate, budget[rows], norm)
+            length = falling(rate[rows], step, steps)
+            points = moved(images[rows], points, pull, length, budget[rows], norm)
     rows = np.flatnonzero(kept.success)
     if len(rows):
         kept.success[rows] = ~target.verdict(kept.images[rows], score).accepted
@@ -65,13 +65,13 @@ ATTACKS: tuple[Attack, ...] = tuple(
     knowing(
         "denial",
         "Denial",
-        deny,
+        partial(deny, steps=20),
         score,
         norm,
-        passes=2 * (21 * JUDGED + 20 * DESCENT) + nearest_passes(20, 15) + JUDGED,
+        passes=2 * (21 * JUDGED + 20 * DESCENT) + nearest_passes(20) + JUDGED,
         source="PGD on the served score",
     )
     for score in SCORES
-    for norm in get_args(Norm)
+    for norm in NORMS
 )
 """Their success is an image that is not accepted, of any class."""

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,7 +31,7 @@ from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
 from guard.evaluation.results import ROUNDING
 from guard.evaluation.served import JUDGED, judge
 from guard.evaluation.target import Target
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 
 if TYPE_CHECKING:
     import httpx
@@ -378,22 +379,34 @@ def walk(
     return attack(query, searches, images, labels, norm=norm, eps=eps, queries=queries)
 
 
-def _attack(method: Method, score: ScoreName, norm: Norm) -> Attack:
-    def run(target: Target, images: Floats, labels: Labels, budget: float | None, seed: int) -> Found:
-        with in_process(target.guards[score]) as query:
-            found = walk(query, images, labels, method=method, norm=norm, eps=budget, seed=seed)
-        attacked = np.stack([floats(upload) for upload in found.uploads]) if len(images) else images
-        success = found.success.copy()
-        rows = np.flatnonzero(success)
-        if len(rows):
-            success[rows] = judge(target, attacked[rows], labels[rows], score).success
-        distance = np.array([size(shift, norm) for shift in attacked - images])
-        return Found(attacked, success, np.where(success, distance, np.inf), JUDGED * found.first)
+def _run(
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    seed: int,
+    *,
+    method: Method,
+    score: ScoreName,
+    norm: Norm,
+    queries: int,
+) -> Found:
+    with in_process(target.guards[score]) as query:
+        found = walk(query, images, labels, method=method, norm=norm, eps=budget, queries=queries, seed=seed)
+    attacked = np.stack([floats(upload) for upload in found.uploads]) if len(images) else images
+    success = found.success.copy()
+    rows = np.flatnonzero(success)
+    if len(rows):
+        success[rows] = judge(target, attacked[rows], labels[rows], score).success
+    distance = np.array([size(shift, norm) for shift in attacked - images])
+    return Found(attacked, success, np.where(success, distance, np.inf), JUDGED * found.first)
 
+
+def _attack(method: Method, score: ScoreName, norm: Norm) -> Attack:
     return Attack(
         name=named(f"http-{method}", score, norm),
         title=f"Over HTTP, by {method}, against {score}",
-        run=run,
+        run=partial(_run, method=method, score=score, norm=norm, queries=QUERIES),
         norm=norm,
         knowledge=method,
         passes=QUERIES * JUDGED,
@@ -406,5 +419,5 @@ def _attack(method: Method, score: ScoreName, norm: Norm) -> Attack:
 
 
 ATTACKS: tuple[Attack, ...] = tuple(
-    _attack(method, score, norm) for score in SCORES for method in get_args(Method) for norm in get_args(Norm)
+    _attack(method, score, norm) for score in SCORES for method in get_args(Method) for norm in NORMS
 )

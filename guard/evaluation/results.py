@@ -24,8 +24,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from scipy import optimize
+from scipy import optimize, special
 
+from guard.attacks import Labels
 from guard.bundle import Record, ScoreName, Share
 from guard.errors import DataError
 from guard.evaluation.attack import Knowledge
@@ -80,7 +81,7 @@ class Summary(Record):
 
 class Detection(Record):
     """How a score does on an attack's successes: the share rejected, and the AUROC against clean images with
-    its approximate 95% interval (`auroc_interval`).
+    its approximate 95% interval: the outer ends of `auroc_interval` and `paired_interval`.
     """
 
     rejected: Share
@@ -298,19 +299,45 @@ def median_rank(n: int) -> int:
     return max(0, math.floor(n / 2 - spread) - 1)
 
 
-def detection(accepted: Flags, attacked: Values, clean: Values) -> Detection:
-    """How a score does on n >= 1 images: `accepted` (n,), and their scores (n,) against clean ones."""
+def detection(accepted: Flags, attacked: Values, clean: Values, rows: Labels) -> Detection:
+    """How a score does on n >= 1 images: `accepted` (n,), and their scores (n,) against those of clean images
+    (m,), of which the `rows` (n,) are what they were made from.
+    """
     found, rejected = auroc(attacked, clean), share(~accepted)
-    lower, upper = auroc_interval(found, len(attacked), len(clean))
+    apart = auroc_interval(found, len(attacked), len(clean))
+    paired = paired_interval(attacked, clean, rows)
+    lower, upper = min(apart[0], paired[0]), max(apart[1], paired[1])
     return Detection(rejected=rejected, auroc=found, auroc_lower=lower, auroc_upper=upper)
 
 
 def auroc(attacked: Values, clean: Values) -> float:
     """Probability that an attacked image's score lies above a clean one's, ties counted half; NaN as inf."""
-    scores = np.sort(np.where(np.isnan(clean), np.inf, clean))
-    asked = np.where(np.isnan(attacked), np.inf, attacked)
-    below, ties = np.searchsorted(scores, asked, "left"), np.searchsorted(scores, asked, "right")
-    return float((below + ties).mean() / (2 * len(scores)))
+    return float(_above(attacked, clean).mean())
+
+
+def _above(scores: Values, others: Values) -> Values:
+    """Of each score (n,) the share of the others that it lies above, ties counted half; NaN as inf."""
+    ordered = np.sort(np.where(np.isnan(others), np.inf, others))
+    asked = np.where(np.isnan(scores), np.inf, scores)
+    below, ties = np.searchsorted(ordered, asked, "left"), np.searchsorted(ordered, asked, "right")
+    return np.asarray((below + ties) / (2 * len(ordered)), np.float64)
+
+
+def paired_interval(attacked: Values, clean: Values, rows: Labels) -> tuple[float, float]:
+    """Approximate 95% confidence interval of the AUROC where attacked images (n,) were made from the clean
+    ones' `rows` (n,), so that both scores of an image vary together.
+
+    The variance is the sum of the squares of what each image adds to the area, as both (DeLong et al. 1988;
+    in clusters Obuchowski 1997); ends by the logit. An area of 0 or 1, and one image, have no width here.
+    """
+    value = auroc(attacked, clean)
+    adds = (1 - _above(clean, attacked) - value) / len(clean)
+    np.add.at(adds, rows, (_above(attacked, clean) - value) / len(attacked))
+    if not 0 < value < 1:
+        return value, value
+    spread = 1.96 * float(np.sqrt((adds**2).sum())) / (value * (1 - value))
+    middle = special.logit(value)
+    return float(special.expit(middle - spread)), float(special.expit(middle + spread))
 
 
 def auroc_interval(value: float, positives: int, negatives: int) -> tuple[float, float]:

@@ -63,7 +63,7 @@ from guard.stages import PIECE, Arrays
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Raised whenever an attack, a check or what is kept of them becomes another: results of another version are
 not mixed with."""
 
@@ -434,6 +434,7 @@ class _Run:
                 arrays[f"accepted_{score}"][success],
                 arrays[f"ratio_{score}"][success],
                 self.clean[f"ratio_{score}"],
+                arrays["row"][success],
             )
             for score in self.scores
             if success.any()

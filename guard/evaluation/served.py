@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from guard.attacks import GRADIENT, TINY, Floats, Labels, column, growth, length, misclassified
 from guard.bundle import ScoreName
 from guard.certificate import effective_slope
-from guard.decision import Guard
+from guard.decision import Guard, ratio
 from guard.evaluation.target import Classifier, Flags, Target, Values, Verdict
 from guard.norms import Norm
-from guard.runtime import Measurement, score_of
+from guard.runtime import Measurement
 
 ROWS = 3
 """The Jacobian's rows, of the most probable classes, among which the longest is looked for."""
@@ -72,14 +72,11 @@ def exceeded(guard: Guard, verdict: Verdict) -> dict[str, Values]:
     """By test, the logarithm (B,) of score over threshold and of least radius over radius: above 0 the test
     fails. NaN counts as infinite.
     """
-    calibration = guard.calibration
-    tests: dict[ScoreName, float] = {calibration.score: calibration.threshold}
-    if calibration.score == "combined":
-        tests = {test.name: test.threshold for test in calibration.tests}
     least = {"l2": guard.policy.min_radius_l2 or 0.0, "linf": guard.policy.min_radius_linf or 0.0}
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {
-            name: np.log(score_of(verdict.measurement, name) / threshold) for name, threshold in tests.items()
+            name: np.log(ratio(scores, threshold))
+            for name, (scores, threshold) in guard.tests(verdict.measurement).items()
         } | {
             name: np.log(least[norm] / verdict.radii[norm])
             for name, norm in RADIUS_TESTS.items()

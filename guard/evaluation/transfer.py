@@ -1,7 +1,7 @@
 """Attacks made on another network, an undefended twin, and tried on the target."""
 
 from collections.abc import Sequence
-from typing import get_args
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from guard.evaluation.ascent import (
 from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
 from guard.evaluation.served import judge
 from guard.evaluation.target import Classifier, Target, Values
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 
 
 def transfer(
@@ -70,33 +70,35 @@ def attacks(twin: Classifier, scores: Sequence[ScoreName] = SCORES) -> tuple[Att
     """Attacks made on the twin: `transfer-NORM`, which knows nothing of the target, and for every score one
     that tries several and keeps what the target accepts. Costs are passes of the twin.
     """
-    found = []
-    for norm in get_args(Norm):
-        for score in (None, *scores):
+    return tuple(
+        Attack(
+            name=f"transfer-{norm}" if score is None else named("transfer-accepted", score, norm),
+            title="Transfer" if score is None else f"Transfer, keeping what {score} accepts",
+            run=partial(_run, twin, norm=norm, score=score, steps=40),
+            norm=norm,
+            knowledge="another network",
+            passes=sum(deep_passes(start, 40) for start in (DEEP if score else DEEP[:1])),
+            source="Papernot et al. 2017",
+            budgets=BUDGETS[norm],
+            aware=score,
+        )
+        for norm in NORMS
+        for score in (None, *scores)
+    )
 
-            def run(
-                target: Target,
-                images: Floats,
-                labels: Labels,
-                budget: float | None,
-                seed: int,
-                norm: Norm = norm,
-                score: ScoreName | None = score,
-            ) -> Found:
-                eps = bound(budget)
-                return transfer(twin, target, images, labels, eps, norm=norm, score=score, seed=seed)
 
-            found.append(
-                Attack(
-                    name=f"transfer-{norm}" if score is None else named("transfer-accepted", score, norm),
-                    title="Transfer" if score is None else f"Transfer, keeping what {score} accepts",
-                    run=run,
-                    norm=norm,
-                    knowledge="another network",
-                    passes=sum(deep_passes(start, 40) for start in (DEEP if score else DEEP[:1])),
-                    source="Papernot et al. 2017",
-                    budgets=BUDGETS[norm],
-                    aware=score,
-                )
-            )
-    return tuple(found)
+def _run(
+    twin: Classifier,
+    target: Target,
+    images: Floats,
+    labels: Labels,
+    budget: float | None,
+    seed: int,
+    *,
+    norm: Norm,
+    score: ScoreName | None,
+    steps: int,
+) -> Found:
+    return transfer(
+        twin, target, images, labels, bound(budget), norm=norm, score=score, steps=steps, seed=seed
+    )

@@ -28,6 +28,7 @@ FAMILIES = {
     "LogBarrier": ("logbarrier",),
     "DeepFool": ("deepfool",),
     "DDN or FMN": ("ddn", "fmn"),
+    "targeted FMN": ("fmntargeted",),
     "Boundary": ("boundary",),
     "HopSkipJump": ("hopskipjump",),
     "Square": ("square",),
@@ -38,7 +39,8 @@ FAMILIES = {
     "recolor": ("recolor",),
     "JPEG": ("jpeg",),
     "evasive CW": ("evasive",),
-    "joint PGD": ("jointpgd", "jointrestarts"),
+    "joint PGD": ("jointpgd",),
+    "joint PGD, more starts": ("jointrestarts",),
     "joint APGD": ("jointapgd",),
     "high confidence": ("highconfidence",),
     "nearest accepted": ("nearestaccepted",),
@@ -68,13 +70,18 @@ def commands(evaluation: Evaluation) -> list[str]:
 def not_run(evaluation: Evaluation) -> list[str]:
     """The families of attacks of which the run had none."""
     results = evaluation.results
-    names = [plain(one.name).removeprefix("foolbox") for one in (*results.attacks, *results.over_rejection)]
-    return [
-        family
-        for family, prefixes in FAMILIES.items()
-        if not any(one.startswith(prefix) for one in names for prefix in prefixes)
-        and (family != TOP_5 or evaluation.classes >= MANY_CLASSES)
+    run = {_family(one.name) for one in (*results.attacks, *results.over_rejection)}
+    wanted = [family for family in FAMILIES if family != TOP_5 or evaluation.classes >= MANY_CLASSES]
+    return [family for family in wanted if family not in run]
+
+
+def _family(attack: str) -> str | None:
+    """The family of which the attack's name has the longest beginning."""
+    name = plain(attack).removeprefix("foolbox")
+    fits = [
+        (len(begin), family) for family, all_ in FAMILIES.items() for begin in all_ if name.startswith(begin)
     ]
+    return max(fits, default=(0, None))[1]
 
 
 def gaps(evaluations: Sequence[Evaluation]) -> list[str]:
