@@ -22,8 +22,6 @@ MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
 CARD = "card.md"
 
-SCHEMA_VERSION = 1
-
 ScoreName = Literal["jacobian", "combined", "radius", "margin-gradient", "jacobian-full"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 

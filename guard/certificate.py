@@ -118,13 +118,6 @@ class OmegaTable:
         return np.searchsorted(self.edges, known[self.conditioned_on], side="right")
 
 
-def runner_up_margin(values: ArrayLike) -> Floats:
-    """Largest minus second largest of each row (B, K) -> (B,): the margin of logits or of probabilities."""
-    rows = np.asarray(values, dtype=np.float64)
-    top = np.partition(rows, rows.shape[1] - 2, axis=1)[:, -2:]
-    return np.asarray(top[:, 1] - top[:, 0], dtype=np.float64)
-
-
 def first_order_radius(margin: ArrayLike, gradient_norm: ArrayLike) -> Floats:
     """M / ||grad M||_{q*}, (B,): where the linearized margin vanishes. An ablation (LIPGEN 3.7), no bound.
 

@@ -20,22 +20,12 @@ def table(values: Any, **more: Any) -> OmegaTable:
     return OmegaTable(values=rows, **(defaults | more))
 
 
-def test_runner_up_margin() -> None:
-    assert certificate.runner_up_margin([[1.0, 5.0, 3.0], [2.0, 2.0, 0.0]]) == pytest.approx([2.0, 0.0])
-
-
-def test_runner_up_margin_of_any_number_of_classes() -> None:
-    rows = np.random.default_rng(0).normal(size=(200, 10))
-    ordered = np.sort(rows, axis=1)
-    assert (certificate.runner_up_margin(rows) == ordered[:, -1] - ordered[:, -2]).all()
-
-
 def test_linear_model_has_no_remainder_and_the_exact_distance() -> None:
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(2, 12))
     images = generator.normal(size=(50, 12))
     logits = images @ weight.T
-    margin = certificate.runner_up_margin(logits)
+    margin = np.abs(logits[:, 0] - logits[:, 1])
     distance = margin / np.linalg.norm(weight[0] - weight[1])
     gradient = np.full(50, np.linalg.norm(weight[0] - weight[1]))
     assert certificate.first_order_radius(margin, gradient) == pytest.approx(distance)

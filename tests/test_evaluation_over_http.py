@@ -13,7 +13,7 @@ import pytest
 
 from guard.decision import Guard
 from guard.errors import GuardError
-from guard.evaluation import over_http
+from guard.evaluation import over_http, results
 from guard.evaluation.over_http import ATTACKS, Answer, Upload
 from guard.evaluation.results import ROUNDING
 from guard.evaluation.target import Target
@@ -124,7 +124,7 @@ def test_scores_lead_to_an_accepted_image_within_the_budget(guard: Guard, norm: 
     assert len(counting.asked) == found.queries.sum()
     for upload in counting.asked:
         near = min(over_http.size(over_http.floats(upload) - image, norm) for image in images)
-        assert near <= over_http.farthest(eps)
+        assert near <= results.farthest(eps)
     for upload, label in zip(found.uploads, labels, strict=True):
         (decision,) = guard.classify(over_http.floats(upload)[None])
         assert decision.accepted
@@ -174,7 +174,7 @@ def test_uploads_within_a_budget(norm: Norm) -> None:
         point = image + generator.standard_normal(SHAPE, dtype=np.float32)
         upload = over_http.within(over_http.floats(over_http.rounded(image)), point, eps, norm)
         distance = over_http.size(over_http.floats(upload) - over_http.floats(over_http.rounded(image)), norm)
-        assert 0.5 * eps < distance <= over_http.farthest(eps)
+        assert 0.5 * eps < distance <= results.farthest(eps)
 
 
 @pytest.mark.parametrize("norm", NORMS)

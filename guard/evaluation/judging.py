@@ -6,7 +6,7 @@ from guard.attacks import Floats, Found, Labels, length
 from guard.bundle import ScoreName
 from guard.evaluation.attack import Task
 from guard.evaluation.over_http import floats, rounded
-from guard.evaluation.results import MEASURED, ROUNDING
+from guard.evaluation.results import MEASURED, reaches
 from guard.evaluation.target import Flags, Target
 from guard.runtime import Detector, Measurement
 from guard.stages import Arrays
@@ -46,7 +46,7 @@ def judged(target: Target, task: Task, images: Floats, labels: Labels, found: Fo
         arrays[name][suspects] = values
     success = found.success.astype(np.bool_) & counts(task, wrong, accepted[aware_of(target, task)])
     if attack.norm is not None and task.budget is not None:
-        success = success & (arrays[attack.norm] <= task.budget * (1 + ROUNDING) + ROUNDING)
+        success = success & reaches(arrays[attack.norm], task.budget)
     lost = np.zeros(n, np.bool_)
     if success.any():
         lost[success] = lost_in_files(target, task, attacked[success], labels[success])

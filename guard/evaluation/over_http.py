@@ -28,7 +28,7 @@ from guard.bundle import ScoreName
 from guard.decision import Guard
 from guard.errors import GuardError
 from guard.evaluation.attack import BUDGETS, SCORES, Attack, bound, named
-from guard.evaluation.results import ROUNDING
+from guard.evaluation.results import farthest
 from guard.evaluation.served import JUDGED, judge
 from guard.evaluation.target import Target
 from guard.norms import NORMS, Norm
@@ -203,11 +203,6 @@ def size(shift: Floats, norm: Norm) -> float:
 def rounded(point: Floats) -> Upload:
     """The nearest upload to a point, of the same shape, inside the box."""
     return np.clip(np.rint(point * TOP_LEVEL), 0, TOP_LEVEL).astype(np.uint8)
-
-
-def farthest(eps: float) -> float:
-    """The distance that results count as within eps."""
-    return eps * (1 + ROUNDING) + ROUNDING
 
 
 def within(image: Floats, point: Floats, eps: float, norm: Norm) -> Upload:

@@ -37,7 +37,6 @@ from guard.stages import Arrays
 Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
 
-SCHEMA = 1
 RESULTS = "results.json"
 SETTINGS = "settings.json"
 CLEAN_FILE = "clean.npz"
@@ -266,7 +265,12 @@ class Finished:
 
 def reaches(distances: NDArray[Any], budget: float) -> NDArray[np.bool_]:
     """Which distances (n,) are within a budget, up to rounding."""
-    return np.asarray(distances <= budget * (1 + ROUNDING) + ROUNDING, np.bool_)
+    return np.asarray(distances <= farthest(budget), np.bool_)
+
+
+def farthest(budget: float) -> float:
+    """The distance that counts as within a budget, up to rounding."""
+    return budget * (1 + ROUNDING) + ROUNDING
 
 
 def same(one: float | None, other: float | None) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.evaluation.report import words
+from guard.evaluation.report import findings, words
 from guard.evaluation.report.reading import MANY_CLASSES, Attacked, Evaluation, Flags
 from guard.evaluation.report.words import MISSING
-from guard.evaluation.results import ROUNDING, summary
+from guard.evaluation.results import reaches, summary
 from guard.norms import Norm
 from guard.shares import share
 
@@ -72,10 +72,6 @@ def source_of(evaluation: Evaluation, kind: str) -> Attacked | None:
     return next((one for one in found if one.success.any()), None)
 
 
-def _name(evaluation: Evaluation) -> str:
-    return str(evaluation.results.bundle.get("name", "this model"))
-
-
 def _table(
     name: str,
     title: str,
@@ -91,7 +87,7 @@ def _table(
         rows.append(Row(heading, tuple(cell or MISSING for cell in cells)))
     for evaluation in evaluations:
         for what, found in ours(evaluation):
-            heading = f"{_name(evaluation)}{what and ': '}{what}"
+            heading = f"{findings.name(evaluation)}{what and ': '}{what}"
             rows.append(Row(heading, tuple(found), ours=True))
     return Table(name, title, ("", *columns), tuple(rows), tuple(notes))
 
@@ -181,7 +177,7 @@ def scale_1(evaluations: Sequence[Evaluation]) -> Table:
         if evaluation.classes >= MANY_CLASSES:
             nearest = _top5_nearest(evaluation, "linf")
             lost = [
-                words.share(share(_reached(nearest[evaluation.right], eps)))
+                words.share(share(reaches(nearest[evaluation.right], eps)))
                 if _top5_sought(evaluation, "linf", eps)
                 else MISSING
                 for eps in (_TWO, _EIGHT)
@@ -235,11 +231,7 @@ def _many(evaluations: Sequence[Evaluation]) -> bool:
 def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
     if not evaluation.results.sought(norm, eps):
         return MISSING
-    return words.share(share(_reached(evaluation.nearest(norm), eps)))
-
-
-def _reached(distance: NDArray[np.float64], eps: float) -> Flags:
-    return np.asarray(distance <= eps * (1 + ROUNDING) + ROUNDING, np.bool_)
+    return words.share(share(reaches(evaluation.nearest(norm), eps)))
 
 
 def _uncertified(evaluation: Evaluation, norm: Norm, eps: float) -> str:
