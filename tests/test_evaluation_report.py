@@ -123,27 +123,12 @@ class TestReading:
         assert by["boundary-l2"].errors_within([0.0, np.inf]) == [wrong / 20, 1.0]
         assert by["boundary-l2"].standing().value == 0
 
-    def test_the_number_of_images_follows_from_the_rows(self, folder: Path, tmp_path: Path) -> None:
-        record = json.loads((folder / RESULTS).read_text())
-        for one in record["attacks"]:
-            one["settings"] = {}
-        path = copied(folder, tmp_path / "r", attacks=record["attacks"])
-        found = {one.result.name: one.n_considered for one in read(path).attacks}
-        right = read(path).right
-        following = int(np.flatnonzero(right[20:])[0]) + 20
-        assert found["boundary-l2"] == following
-        assert found["fmn-l2"] == 40
-
     def test_find_ignores_hyphens_and_rounding(self, evaluation: Evaluation) -> None:
         assert len(evaluation.find("PGD", norm="l2")) == 3
         assert len(evaluation.find("pgd", norm="linf", budget=0.031372549)) == 1
         assert [one.result.name for one in evaluation.find("jointpgd", budget=0.25)] == ["joint-pgd-l2"]
         assert same(None, None)
         assert not same(None, 0.5)
-
-    def test_the_threshold_is_the_largest_norm_accepted(self, evaluation: Evaluation) -> None:
-        norms = evaluation.clean["jacobian"]
-        assert evaluation.threshold() == pytest.approx(norms[evaluation.accepted("jacobian")].max())
 
     @pytest.mark.parametrize(
         ("harm", "message"),
@@ -456,8 +441,7 @@ class TestTables:
         assert cells[3:] == ("–", words.share(share_of(3, right)))
         assert tables.scale_2([found]).rows[-1].cells[3] == words.mean(summary(np.full(3, 0.7)))
 
-    def test_radii_that_are_not_there_stay_out(self, evaluation: Evaluation, tmp_path: Path) -> None:
-        assert set(tables.scale_6([evaluation]).rows[-1].cells) == {"–"}
+    def test_radii_at_the_budgets(self, tmp_path: Path) -> None:
         result = planted(tmp_path / "r")
         result.clean["radius_l2"] = np.full(40, 0.6)
         result.write()

@@ -266,7 +266,7 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
         return None
     distance = np.where(evaluation.right, evaluation.nearest(norm), np.inf)
     distance = np.minimum(distance, evaluation.aimed.get(norm, np.inf))
-    radius, what = evaluation.radius(norm)
+    radius = evaluation.radius(norm)
     shown: Flags = (
         evaluation.accepted(evaluation.results.served) & np.isfinite(distance) & np.isfinite(radius)
     )
@@ -274,7 +274,9 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
         return None
     inside = shown & (distance < radius)
     ends = float(np.quantile(np.concatenate([distance[shown], radius[shown]]), 0.995)) * 1.02
-    frame = Frame(plots.linear(0, ends, f"smallest distance found, {norm}"), plots.linear(0, ends, what))
+    frame = Frame(
+        plots.linear(0, ends, f"smallest distance found, {norm}"), plots.linear(0, ends, "radius as served")
+    )
     limit = frame.x.high
 
     def points(flags: Flags) -> Points:
@@ -288,6 +290,4 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
     ]
     legend = (("c0 dot", "held"), ("c6 dot", "attacked inside"), ("pale", "radius = distance"))
     found = f"n = {int(shown.sum())} accepted images, {int(inside.sum())} attacked inside."
-    if not evaluation.serves_radii(norm):
-        found += " The run holds no served radii: this is the first-order radius, margin over slope."
     return Figure(f"Radius against {norm} distance", frame.svg(marks, f"tightness {norm}"), legend, found)

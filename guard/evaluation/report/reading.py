@@ -36,15 +36,17 @@ MANY_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Attacked:
-    """One attack at one budget: what `results.json` says of it, and its arrays over the n images it ran on.
-
-    `n_considered` is how many of the evaluated images these stand for: an attack that was given the first k
-    ran on those of them that were right.
-    """
+    """One attack at one budget: what `results.json` says of it, and its arrays over its n images."""
 
     result: AttackResult
     arrays: Arrays
-    n_considered: int
+
+    @property
+    def n_considered(self) -> int:
+        """How many of the evaluated images these stand for: an attack that was given the first k ran on those
+        of them that were right.
+        """
+        return int(self.result.settings["images"])
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -159,28 +161,14 @@ class Evaluation:
                 found[one.rows[one.success & reaches(one.arrays[norm], budget)]] = True
         return share(found[denial.rows])
 
-    def radius(self, norm: Norm) -> tuple[Values, str]:
-        """A radius per evaluated image (N,) and what it is: the served one, else the first-order radius."""
-        if f"radius_{norm}" in self.clean:
-            return np.asarray(self.clean[f"radius_{norm}"], np.float64), "radius as served"
-        margin = np.asarray(self.clean["margin"], np.float64)
-        slope = np.asarray(self.clean["gradient_l2" if norm == "l2" else "gradient_l1"], np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(slope > 0, margin / slope, np.inf), "first-order radius (estimate)"
-
-    def serves_radii(self, norm: Norm) -> bool:
-        """Whether the folder holds the served radius of every image."""
-        return f"radius_{norm}" in self.clean
+    def radius(self, norm: Norm) -> Values:
+        """The strongest served radius of each evaluated image (N,)."""
+        return np.asarray(self.clean[f"radius_{norm}"], np.float64)
 
     def threshold(self) -> float | None:
-        """The threshold of the Jacobian norm, if it is known or the clean images tell it."""
-        known = self.results.bundle.get("thresholds")
-        if isinstance(known, dict) and isinstance(known.get("jacobian"), int | float):
-            return float(known["jacobian"])
-        if "jacobian" not in self.results.scores:
-            return None
-        norms, accepted = np.asarray(self.clean["jacobian"], np.float64), self.accepted("jacobian")
-        return float(norms[accepted].max()) if accepted.any() and not accepted.all() else None
+        """The threshold of the Jacobian norm, if the run judged it."""
+        known: dict[ScoreName, float] = self.results.bundle.get("thresholds", {})
+        return known.get("jacobian")
 
     def last_of_each(self) -> list[Attacked]:
         """Every attack once, at its largest budget."""
@@ -221,28 +209,23 @@ def read(folder: Path) -> Evaluation:
             f"{folder / CLEAN_FILE}: holds {count} images, {path} speaks of {results.images}. They belong to "
             "different runs; run guard evaluate again."
         )
-    right = clean["logits"].argmax(axis=1) == clean["label"]
     attacks, denials = (
-        tuple(_attacked(folder, result, clean, right, judged) for result in some)
+        tuple(_attacked(folder, result, count, judged) for result in some)
         for some in (results.attacks, results.over_rejection)
     )
     return Evaluation(folder, results, clean, attacks, denials, _aimed(folder, count))
 
 
-def _attacked(
-    folder: Path, result: AttackResult, clean: Arrays, right: Flags, judged: Sequence[str]
-) -> Attacked:
+def _attacked(folder: Path, result: AttackResult, count: int, judged: Sequence[str]) -> Attacked:
     """One attack with its arrays; raises `DataError` where they are not those of the results."""
-    arrays, count = load_arrays(folder / result.file, (*ARRAYS, *judged)), len(right)
+    arrays = load_arrays(folder / result.file, (*ARRAYS, *judged))
     rows = arrays["row"]
     if len(rows) != result.n or (len(rows) and not 0 <= rows.min() <= rows.max() < count):
         raise DataError(
             f"{folder / result.file}: its rows are not the {result.n} of {count} images that "
             f"{folder / RESULTS} speaks of. They belong to different runs; run guard evaluate again."
         )
-    judged_by = f"accepted_{result.aware}"
-    eligible = right & clean[judged_by] if judged_by in clean else right
-    return Attacked(result, arrays, _considered(rows, eligible, result))
+    return Attacked(result, arrays)
 
 
 def _aimed(folder: Path, count: int) -> dict[Norm, Values]:
@@ -258,12 +241,3 @@ def _aimed(folder: Path, count: int) -> dict[Norm, Values]:
                     "belong to different runs; run guard evaluate again."
                 )
     return found
-
-
-def _considered(rows: NDArray[Any], eligible: NDArray[Any], result: AttackResult) -> int:
-    """How many evaluated images the attacked ones stand for: all before the next one it could have taken."""
-    given = result.settings.get("images")
-    if isinstance(given, int) and len(rows) <= given <= len(eligible):
-        return given
-    beyond = np.flatnonzero(eligible[rows.max(initial=-1) + 1 :])
-    return int(rows.max(initial=-1) + 1 + beyond[0]) if len(beyond) else len(eligible)

@@ -235,9 +235,7 @@ def _empirical(evaluation: Evaluation, eps: float, norm: Norm = "linf") -> str:
 
 
 def _uncertified(evaluation: Evaluation, norm: Norm, eps: float) -> str:
-    if not evaluation.serves_radii(norm):
-        return MISSING
-    kept: Flags = evaluation.right & (evaluation.radius(norm)[0] >= eps)
+    kept: Flags = evaluation.right & (evaluation.radius(norm) >= eps)
     served = [one for one in evaluation.results.radii if one.served and one.norm == norm]
     return words.share(share(~kept)) + "".join(f", {one.method} ({one.kind})" for one in served[:1])
 
