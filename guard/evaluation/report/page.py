@@ -462,7 +462,8 @@ def _methods(evaluation: Evaluation) -> str:
             "Intervals",
             (
                 "Of shares: Clopper-Pearson, exact. Of medians: order statistics. Of means and their ratios: "
-                "1.96 standard errors. Of AUROC: Newcombe's method 5 (2006), approximate."
+                "1.96 standard errors. Of AUROC, approximate: the wider of Newcombe's method 5 (2006) "
+                "and DeLong's (1988) of images attacked and clean together."
             ),
         ),
         (
