@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from guard.errors import BundleError
-from guard.files import sha256, write_bytes
+from guard.files import check_writable, sha256, write_bytes
 from guard.images import Interpolation
 from guard.norms import Norm
 
@@ -236,6 +236,17 @@ class Calibration(Record):
         """The calibration of one norm."""
         return self.l2 if norm == "l2" else self.linf
 
+    @property
+    def caveat(self) -> str | None:
+        """What to say wherever its figures stand, if it was made with less than the default effort."""
+        effort = self.provenance.get("arguments", {}).get("effort", 1)
+        if effort >= 1:
+            return None
+        return (
+            f"Calibrated with --effort {effort:g}, for trying out: its attacks were weak, so the radii are "
+            "too large, and broken more often than measured."
+        )
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -277,10 +288,10 @@ def _parse(kind: type[RecordType], path: Path) -> RecordType:
         raise BundleError(f"{path}: cannot be read ({error.strerror}). Is this a bundle's folder?") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"{where}: {first['msg']}" if where else first["msg"]
         raise BundleError(
-            f"{path}: {where}: {first['msg']}. The file is corrupt or of another version of guard; "
-            f"{_remedy(path.name)}."
+            f"{path}: {what}. The file is corrupt or of another version of guard; {_remedy(path.name)}."
         ) from error
 
 
@@ -310,7 +321,11 @@ def load(folder: str | Path, *, graph_version: int | None = None, recalibrating:
         file = path / name
         if "\0" in name or not file.resolve().is_relative_to(path.resolve()):
             raise BundleError(f"{path / MANIFEST}: lists {name!r}, which lies outside the bundle.")
-        found = sha256(file) if file.is_file() else "missing"
+        if not file.is_file():
+            raise BundleError(
+                f"{file}: is missing, though {MANIFEST} lists it. Restore the file or {_remedy(name)}."
+            )
+        found = sha256(file)
         if found != expected:
             raise BundleError(
                 f"{file}: does not match the manifest: expected sha256 {expected}, found {found}. "
@@ -340,7 +355,9 @@ def load(folder: str | Path, *, graph_version: int | None = None, recalibrating:
 
 
 def check_target(out: Path) -> None:
-    """Raises `BundleError` where a new bundle would overwrite something that is none."""
+    """Raises `BundleError` where a new bundle would overwrite something that is none, and what
+    `check_writable` raises.
+    """
     if out.exists() and not out.is_dir():
         raise BundleError(f"{out}: is a file; expected a folder for the bundle. Choose a new folder.")
     if out.is_dir() and any(out.iterdir()):
@@ -350,6 +367,7 @@ def check_target(out: Path) -> None:
             raise BundleError(
                 f"{out}: holds files but is no bundle; nothing was changed. Choose a new folder."
             ) from error
+    check_writable(out)
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

@@ -8,17 +8,29 @@ from guard.bundle import Calibration, RadiusCalibration, Share
 from guard.data import FOLDS
 
 HEADING = "## Calibration"
+ATTACKS = "## Attacks"
 UNCALIBRATED = f"""\
 {HEADING}
 
 Not done yet: `guard calibrate` sets the threshold, fits the radii and measures both. Until then the bundle
 cannot be served.
 """
+UNATTACKED = f"""\
+{ATTACKS}
+
+Not done with this calibration yet: `guard evaluate` attacks the bundle, `guard report --markdown` puts the
+outcome here.
+"""
 
 
 def with_calibration(text: str, calibration: Calibration) -> str:
     """The card with its section on calibration replaced, or added at the end."""
     return with_section(text, calibration_section(calibration))
+
+
+def without_attacks(text: str) -> str:
+    """The card without what attacks did to another calibration, where it says so."""
+    return with_section(text, UNATTACKED) if f"\n{ATTACKS}\n" in f"\n{text}" else text
 
 
 def with_section(text: str, section: str) -> str:
@@ -79,6 +91,8 @@ def calibration_section(calibration: Calibration) -> str:
     ]
     lines += ["", "| radii, accepted images, pixels in [0, 1] | l2 | linf |", "|---|---|---|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    if calibration.caveat is not None:
+        lines += ["", calibration.caveat]
     return "\n".join(lines) + "\n"
 
 

@@ -121,6 +121,18 @@ def atomic_folder(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_writable(path: Path, named: str | None = None) -> None:
+    """Raises `UsageError`, which calls the path what it is `named`, where no file or folder can be put there.
+
+    To be called before any work.
+    """
+    target = Path(os.path.realpath(path))
+    folder = next(parent for parent in target.parents if parent.exists())
+    for name in (folder, target) if target.is_dir() else (folder,):
+        if not name.is_dir() or not os.access(name, os.W_OK | os.X_OK):
+            raise UsageError(f"{named or path}: nothing can be written to {name}. Choose another folder.")
+
+
 @contextmanager
 def locked(path: Path, holder: str) -> Iterator[None]:
     """Holds the lock file `path`, in which this process's id stands, until the block ends.
@@ -176,8 +188,11 @@ def _beside(target: Path) -> Path:
 
 def _name(error: OSError, partial: Path, target: Path) -> None:
     """Lets an error name the file that was asked for instead of the one in its place."""
-    if error.filename is not None and os.fspath(error.filename) == str(partial):
-        error.filename = str(target)
+    if error.filename is None:
+        return
+    name = Path(os.fsdecode(error.filename))
+    if name.is_relative_to(partial):
+        error.filename = str(target / name.relative_to(partial))
 
 
 def _sync(path: Path) -> None:

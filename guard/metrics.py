@@ -59,7 +59,7 @@ IN_PROGRESS = Gauge("guard_uploads_in_progress", "Uploads being handled.", multi
 MODEL = Gauge(
     "guard_model",
     "1 for the model that is served.",
-    ["name", "digest", "detector", "provider"],
+    ["name", "digest", "calibration", "detector", "provider"],
     multiprocess_mode="mostrecent",
 )
 

@@ -102,7 +102,8 @@ class Progress:
         if worked and elapsed > 0:
             rate = worked / elapsed
             parts.append(f"{rate:.3g}/s" if rate < 1000 else f"{rate:.0f}/s")
-            parts.append(f"ETA {duration(max(0, self.total - self.count) / rate)}")
+            if self.count <= self.total:
+                parts.append(f"ETA {duration((self.total - self.count) / rate)}")
         parts.append(self._note)
         return _joined(self.label, parts)
 

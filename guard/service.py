@@ -30,7 +30,7 @@ IMAGE = bentoml.images.Image(python_version="3.11").build_include(
 try:
     SETTINGS = Settings.from_environment()
 except UsageError as error:
-    raise SystemExit(f"guard: {error}") from None
+    raise SystemExit(f"guard: error: {error}") from None
 
 
 def _worker() -> Worker:
@@ -70,7 +70,7 @@ class GuardService:
             bundles.load(bundle_path(), graph_version=GRAPH_VERSION).calibrated()
             samples.load(bundle_path())
         except GuardError as error:
-            raise SystemExit(f"guard: {error}") from None
+            raise SystemExit(f"guard: error: {error}") from None
         logs.configure()
         metrics.own_folder()
 

@@ -1,5 +1,6 @@
 """The environment variables an operator sets. No request and no flag of a client changes what they say."""
 
+import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +17,31 @@ if TYPE_CHECKING:
 _Number = TypeVar("_Number", int, float)
 
 SHIPPED_BUNDLE = Path("models") / "cifar10"
+
+VARIABLES = frozenset(
+    f"GUARD_{name}"
+    for name in (
+        "DATA",
+        "EXPOSE_SCORES",
+        "MAX_BATCH",
+        "MAX_BYTES",
+        "MAX_PIXELS",
+        "MAX_UPLOADS",
+        "METRICS_DIR",
+        "MIN_RADIUS_L2",
+        "MIN_RADIUS_LINF",
+        "MODEL",
+        "TIMEOUT",
+        "UPLOAD_SECONDS",
+        "WORKERS",
+    )
+)
+"""All that guard reads."""
+
+_NEAR = 0.85
+"""How like a variable another name has to be to be its misspelling; others, such as those that Kubernetes
+makes of a service's name, are none of our business.
+"""
 
 
 def bundle_path(given: str | Path | None = None, environment: Mapping[str, str] = os.environ) -> Path:
@@ -48,8 +74,13 @@ class Policy:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Policy":
         """`GUARD_MIN_RADIUS_L2`, `GUARD_MIN_RADIUS_LINF`, `GUARD_EXPOSE_SCORES`.
 
-        Raises `UsageError` for a value that means nothing: a misspelt policy must not be one switched off.
+        Raises `UsageError` for a value that means nothing and for a variable's name that is nearly one of
+        ours: a misspelt policy must not be one switched off.
         """
+        for name in sorted(environment):
+            if name.startswith("GUARD_") and name not in VARIABLES:
+                for meant in difflib.get_close_matches(name, VARIABLES, 1, _NEAR):
+                    raise UsageError(f"{name} is no setting. Is {meant} meant?")
         return cls(
             min_radius_l2=_radius(environment, "GUARD_MIN_RADIUS_L2"),
             min_radius_linf=_radius(environment, "GUARD_MIN_RADIUS_LINF"),

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -29,8 +30,8 @@ class Stages:
     key.
 
     `key` holds everything that the results depend on; another key never meets these pieces. The scratch
-    folder `.<name>.<doing>-<key>` lies beside `target` and goes when the block ends well. `progress` counts
-    units of work, as `cost` per image.
+    folder `.<name>.<doing>-<key>` lies beside `target` and goes when the block ends well; an interrupt tells
+    where it is. `progress` counts units of work, as `cost` per image.
     """
 
     def __init__(
@@ -43,9 +44,15 @@ class Stages:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        elif kind is KeyboardInterrupt and self.folder.exists():
+            raise KeyboardInterrupt(
+                f"interrupted: what is finished lies in {self.folder}; the same command goes on from there"
+            ) from error
 
     def run(
         self,

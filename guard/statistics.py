@@ -33,7 +33,7 @@ def conformal_rank(n: int, alpha: float) -> int:
     if rank > n:
         raise CalibrationError(
             f"{n} calibration images are too few for a false positive rate of {alpha}: "
-            f"expected at least {math.ceil(1 / share) - 1}. Give more images or allow a higher rate."
+            f"expected at least {least_number(alpha)}. Give more images or allow a higher rate."
         )
     return rank
 
@@ -57,10 +57,19 @@ def pac_rank(n: int, alpha: float, delta: float) -> int:
     if rejected < 0:
         raise CalibrationError(
             f"{n} calibration images are too few for a false positive rate of {alpha} with probability "
-            f"{1 - delta:g}: expected at least {math.ceil(math.log(risk) / math.log1p(-share))}. "
+            f"{1 - delta:g}: expected at least {least_number(alpha, delta)}. "
             "Give more images, or allow a higher rate or delta."
         )
     return n - rejected
+
+
+def least_number(alpha: float, delta: float | None = None) -> int:
+    """The fewest scores from which `rank_of` has a rank."""
+    share = _fraction(alpha, "the false positive rate")
+    marginal = math.ceil(1 / share) - 1
+    if delta is None:
+        return marginal
+    return max(marginal, math.ceil(math.log(_fraction(delta, "delta")) / math.log1p(-share)))
 
 
 def rank_of(n: int, alpha: float, delta: float | None = None) -> int:

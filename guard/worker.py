@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from starlette.types import Scope
 
 from guard import images, metrics, samples
 from guard.batching import Batcher
-from guard.bundle import Calibration
+from guard.bundle import CALIBRATION, Calibration
 from guard.errors import GuardError
 from guard.http import RequestError, Upload, annotate
 from guard.settings import Policy, positive, upload_limits
@@ -95,11 +95,12 @@ class ModelAnswer(BaseModel):
 
 
 class ReadyAnswer(BaseModel):
-    """What `/readyz` says once the model answers: which one, and where it truly runs."""
+    """What `/readyz` says once the model answers: which one, how calibrated, and where it truly runs."""
 
     status: str = "ready"
     model: str
     digest: str
+    calibration: str
     provider: str
 
 
@@ -155,9 +156,17 @@ class Worker:
         self._guard = guard
         ready = self.ready()
         detector = guard.calibration.score
-        metrics.MODEL.labels(ready.model, ready.digest, detector, ready.provider).set(1)
-        fields = {"detector": detector, "seconds": round(time.perf_counter() - started, 2)}
+        labels = (ready.model, ready.digest, ready.calibration, detector, ready.provider)
+        metrics.MODEL.labels(*labels).set(1)
+        fields = {
+            "detector": detector,
+            "threshold": guard.calibration.threshold,
+            **asdict(guard.policy),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
         log.info("ready", extra={"fields": ready.model_dump() | fields})
+        if guard.calibration.caveat is not None:
+            log.warning(guard.calibration.caveat)
 
     def close(self) -> None:
         """Lets the batch and the decodings in hand end and takes no other."""
@@ -188,7 +197,10 @@ class Worker:
         """What `/readyz` says."""
         bundle = self.guard.bundle
         return ReadyAnswer(
-            model=bundle.manifest.name, digest=bundle.digest, provider=self.guard.detector.provider
+            model=bundle.manifest.name,
+            digest=bundle.digest,
+            calibration=f"sha256:{bundle.manifest.files[CALIBRATION]}",
+            provider=self.guard.detector.provider,
         )
 
     def describe(self) -> ModelAnswer:

@@ -116,7 +116,7 @@ def test_uploads_that_do_not_fit_the_input_are_named(
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / MODEL).unlink()
-    with pytest.raises(BundleError, match=r"model\.onnx.*found missing"):
+    with pytest.raises(BundleError, match=r"model\.onnx: is missing.*Restore"):
         bundle.load(folder)
 
 

@@ -15,7 +15,7 @@ from guard.calibration.work import Settings
 from guard.cli import main
 from guard.data import Dataset
 from guard.decision import Guard
-from guard.errors import BundleError, CalibrationError, DataError
+from guard.errors import BundleError, CalibrationError, DataError, UsageError
 from guard.files import provenance, write_bytes
 from guard.norms import NORMS
 from guard.runtime import Detector
@@ -264,7 +264,7 @@ def test_unlabelled_images_are_enough(network: onnx.ModelProto, noise: Dataset, 
     assert made.accuracy is None
 
 
-@pytest.mark.parametrize(("count", "message"), [(3, "too few to split"), (75, "at least 19"), (76, "")])
+@pytest.mark.parametrize(("count", "message"), [(3, "too few to split"), (75, "at least 76"), (76, "")])
 def test_too_few_images(
     count: int, message: str, network: onnx.ModelProto, noise: Dataset, tmp_path: Path
 ) -> None:
@@ -410,3 +410,42 @@ def test_command_line(
     assert "no such file" in capsys.readouterr().err
     assert main(["calibrate", str(folder), "--val", str(archive), "--fpr", "5"]) == 2
     assert main(["calibrate", str(folder)]) == 2
+
+
+def test_what_attacks_did_to_another_calibration_leaves_the_card(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    calibrate(folder, noise, effort=QUICK, silent=True)
+    card, manifest = folder / CARD, bundle.load(folder).manifest
+    card.write_text(f"{card.read_text()}\n## Attacks\n\nAll are withstood.\n\n## More\n")
+    bundle.seal(folder, manifest)
+    calibrate(folder, noise, effort=QUICK, silent=True)  # the same comes of it
+    assert "withstood" in card.read_text()
+    calibrate(folder, noise, Settings(fpr=0.1), effort=QUICK, silent=True)
+    assert "withstood" not in card.read_text()
+    assert "## Attacks\n\nNot done with this calibration yet" in card.read_text()
+    assert "## More" in card.read_text()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    monkeypatch.setattr("os.access", lambda name, _: Path(name) != folder)
+    monkeypatch.setattr(Detector, "__init__", None)
+    with pytest.raises(UsageError, match=f"nothing can be written to {folder}"):
+        calibrate(folder, noise, effort=QUICK, silent=True)
+
+
+def test_a_calibration_for_trying_out_is_called_so_wherever_it_is_shown(
+    network: onnx.ModelProto, noise: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_bundle(tmp_path / "net", network)
+    made = calibrate(folder, noise, effort=QUICK, silent=True, arguments={"effort": 0.25})
+    assert made.caveat is not None
+    assert made.caveat.startswith("Calibrated with --effort 0.25, for trying out")
+    assert made.caveat in (folder / CARD).read_text()
+    assert main(["info", str(folder)]) == 0
+    assert made.caveat in " ".join(capsys.readouterr().out.split())
+    assert calibrate(folder, noise, effort=QUICK, silent=True, arguments={"effort": 1.0}).caveat is None

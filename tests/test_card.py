@@ -1,7 +1,15 @@
 from typing import Any
 
 from guard.bundle import Calibration
-from guard.card import HEADING, UNCALIBRATED, calibration_section, with_calibration, with_section
+from guard.card import (
+    HEADING,
+    UNATTACKED,
+    UNCALIBRATED,
+    calibration_section,
+    with_calibration,
+    with_section,
+    without_attacks,
+)
 
 SHARE = {"count": 9, "n": 100, "value": 0.09, "lower": 0.04, "upper": 0.16}
 RADII: dict[str, Any] = {
@@ -80,3 +88,10 @@ def test_other_sections_are_kept_and_replaced_alike() -> None:
     assert attacked == f"{card.rstrip()}\n\n## Attacks\n\nten\n"
     assert with_section(attacked, "## Attacks\n\ntwo\n") == attacked.replace("ten", "two")
     assert with_calibration(attacked, record()) == attacked
+
+
+def test_only_a_card_that_tells_of_attacks_loses_them() -> None:
+    assert without_attacks("# A\n\n## Use\n") == "# A\n\n## Use\n"
+    changed = without_attacks("## Attacks\n\nNone.\n\n## Use\n")
+    assert changed == f"{UNATTACKED}\n## Use\n"
+    assert without_attacks(changed) == changed

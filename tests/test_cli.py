@@ -453,3 +453,18 @@ def test_serve_says_that_a_port_is_taken(bundle: Path, capsys: Captured) -> None
         taken.listen()
         assert main(["serve", str(bundle), "--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in one_line_error(capsys)
+
+
+def test_serve_refuses_settings_that_mean_nothing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name, value in {"GUARD_TIMEOUT": "0", "GUARD_MIN_RADIUS_L2": "a", "GUARD_WORKER": "2"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert main(["serve", str(bundle)]) == 2
+        assert one_line_error(capsys).startswith(f"{name} is ")
+
+
+def test_delta_without_the_guarantee_that_it_belongs_to_is_refused(bundle: Path, capsys: Captured) -> None:
+    assert main(["calibrate", str(bundle), "--val", "none.npz", "--delta", "0.1"]) == 2
+    assert one_line_error(capsys) == "--delta is about --guarantee pac: give both."

@@ -249,3 +249,10 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     with locked(path, "out"):
         assert path.read_text() == f"{os.getpid()}\n"
     assert not path.exists()
+
+
+def test_errors_below_a_new_folder_name_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with pytest.raises(FileNotFoundError) as raised, files.atomic_folder(target) as partial:
+        (partial / "deep" / "a").touch()
+    assert raised.value.filename == str(target / "deep" / "a")

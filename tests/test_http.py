@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guard import http, images, runtime
 from guard.errors import UsageError
+from guard.files import sha256
 from guard.http import Edge, RequestError
 from guard.routes import PATHS, Routes
 from guard.settings import Policy
@@ -417,10 +418,16 @@ def test_model_describes_manifest_calibration_and_policy(client: Client) -> None
     }
 
 
-def test_readyz_names_model_and_provider(client: Client) -> None:
+def test_readyz_names_model_calibration_and_provider(client: Client) -> None:
     answer = client.run("GET", "/readyz").json()
-    digest = client.worker.guard.bundle.digest
-    assert answer == {"status": "ready", "model": "colours", "digest": digest, "provider": "cpu"}
+    bundle = client.worker.guard.bundle
+    assert answer == {
+        "status": "ready",
+        "model": "colours",
+        "digest": bundle.digest,
+        "calibration": f"sha256:{sha256(bundle.path / 'calibration.json')}",
+        "provider": "cpu",
+    }
 
 
 def test_samples_are_listed_and_served(client: Client) -> None:

@@ -153,3 +153,16 @@ def test_track_yields_everything(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_no_time_is_promised_beyond_the_announced_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(20, "images", stream=stream, clock=clock) as progress:
+        for _ in range(40):
+            clock.now += 0.5
+            progress.advance()
+    assert stream.getvalue().splitlines() == [
+        "images  20/20 100%  2/s  ETA 0.0 s",
+        "images  40/20 100%  2/s",
+        "images  40/20 done in 20 s",
+    ]

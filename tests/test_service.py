@@ -208,7 +208,8 @@ def test_metrics_are_prometheus_text_of_the_worker_process(server: Server) -> No
     post(server, CAT)
     post(server, GREY)
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [1, 1, 2, 2, 2, 1]
-    assert metric('guard_model{detector="jacobian",digest="sha256:') == 1
+    calibration = httpx.get(f"{server.url}/readyz").json()["calibration"]
+    assert metric(f'guard_model{{calibration="{calibration}",detector="jacobian",digest="sha256:') == 1
 
 
 def test_log_lines_are_json_with_the_request(server: Server) -> None:
@@ -218,7 +219,10 @@ def test_log_lines_are_json_with_the_request(server: Server) -> None:
     assert line["status"] == 200
     assert line["accepted"] is False
     assert line["score"] > line["threshold"]
-    assert any(line["message"] == "ready" and line["provider"] == "cpu" for line in server.lines())
+    (ready,) = (line for line in server.lines() if line["message"] == "ready")
+    assert ready["provider"] == "cpu"
+    assert ready["threshold"] == httpx.get(f"{server.url}/model").json()["calibration"]["threshold"]
+    assert (ready["min_radius_l2"], ready["expose_scores"]) == (None, True)
     assert all(line["level"] in {"info", "warning"} for line in server.lines())
     assert all(line.startswith("{") for line in server.log.read_text().splitlines())
 

@@ -1,10 +1,13 @@
+import re
 from pathlib import Path
 
 import pytest
 
 import guard
 from guard.errors import UsageError
-from guard.settings import Policy, bundle_path
+from guard.settings import VARIABLES, Policy, bundle_path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_bundle_is_the_given_one_then_the_environments_then_the_shipped(
@@ -50,3 +53,19 @@ def test_policy_is_read() -> None:
 def test_a_misspelt_policy_is_an_error(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=name):
         Policy.from_environment({name: value})
+
+
+def test_a_misspelt_name_is_an_error_and_other_peoples_names_are_not() -> None:
+    with pytest.raises(UsageError, match=r"GUARD_MIN_RADUIS_L2 .*Is GUARD_MIN_RADIUS_L2 meant"):
+        Policy.from_environment({"GUARD_MIN_RADUIS_L2": "0.1"})
+    for name in ("GUARD_EXPOSE_SCORE", "GUARD_MIN_RADIUS", "GUARD_WORKER"):
+        with pytest.raises(UsageError, match=f"{name} is no setting"):
+            Policy.from_environment({name: "1"})
+    kubernetes = ("GUARD_PORT", "GUARD_SERVICE_HOST", "GUARD_PORT_3000_TCP_ADDR", "GUARD_MODEL_SERVICE_PORT")
+    assert Policy.from_environment(dict.fromkeys(kubernetes, "x")) == Policy()
+
+
+def test_all_settings_are_documented() -> None:
+    documents = [(ROOT / name).read_text() for name in ("docs/http.md", "README.md")]
+    documented = set(re.findall(r"GUARD_[A-Z0-9_]+", " ".join(documents)))
+    assert VARIABLES - {"GUARD_METRICS_DIR"} == documented  # that one is the server's own

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from guard.progress import Progress
-from guard.stages import PIECE, Arrays, Stages
+from guard.stages import PIECE, Arrays, Piece, Stages
 
 INDICES = np.arange(2 * PIECE + 5, dtype=np.int64)[::-1].copy()
 
@@ -116,3 +116,18 @@ def test_progress_counts_the_cost(tmp_path: Path) -> None:
     with Stages(tmp_path / "net", {}, progress) as run:
         run.run("squares", INDICES[:10], Counted(), cost=2.5)
     assert progress.count == 25
+
+
+def test_an_interrupt_tells_where_the_finished_pieces_lie(tmp_path: Path) -> None:
+    def interrupted(_: NDArray[np.int64]) -> Arrays:
+        raise KeyboardInterrupt
+
+    def work(*stage: Piece) -> None:
+        with stages(tmp_path / "net") as run:
+            for number, compute in enumerate(stage):
+                run.run(str(number), INDICES, compute)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        work(interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"lies in .*\.net\.calibrating-.*goes on from there"):
+        work(Counted(), interrupted)

@@ -4,6 +4,7 @@ Works on any bundle through onnxruntime, without torch. Folds, starts and blocks
 interrupted run goes on where it stopped.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,10 @@ from guard.bundle import CALIBRATION, CARD, MODEL, Bundle, Calibration, ExtremeF
 from guard.calibration import cost, histograms, radii, thresholds
 from guard.calibration.fitting import Effort
 from guard.calibration.work import Settings, Work, folds_of
-from guard.card import with_calibration
+from guard.card import with_calibration, without_attacks
 from guard.data import Dataset
 from guard.errors import BundleError, CalibrationError
-from guard.files import atomic_folder, provenance, write_bytes, write_text
+from guard.files import atomic_folder, check_writable, provenance, sha256, write_bytes, write_text
 from guard.guarded import GRAPH_VERSION
 from guard.norms import NORMS
 from guard.progress import Progress
@@ -47,9 +48,11 @@ def calibrate(
     `provider` and `threads` are those of `guard.runtime.Detector`; `arguments` go to the provenance; `silent`
     shows no progress. An earlier calibration is replaced at once, when all is done. Raises `DataError` where
     images do not fit the model, `CalibrationError` where they are too few or the model's numbers are
-    unusable, `BundleError` for the bundle, and what `Detector` raises.
+    unusable, `BundleError` for the bundle, `UsageError` where its folder cannot be replaced, and what
+    `Detector` raises.
     """
     found = bundle.load(folder, recalibrating=True)  # whatever its old one is, it is replaced
+    check_writable(found.path)
     _check(dataset, found, settings)
     detector = Detector(found.model, score=settings.score, provider=provider, threads=threads)
     folds = folds_of(dataset, settings.seed)
@@ -119,10 +122,10 @@ def _check(dataset: Dataset, found: Bundle, settings: Settings) -> None:
     try:
         statistics.rank_of(len(parts["threshold"]), settings.fpr, settings.risk)
     except CalibrationError as error:
-        part = len(parts["threshold"]) / len(dataset)
+        least = statistics.least_number(settings.fpr, settings.risk)
         raise CalibrationError(
-            f"{dataset.name}: {len(dataset)} images are too few, as {part:.0%} of them set the threshold: "
-            f"{error}"
+            f"{dataset.name}: {len(dataset)} images are too few: expected at least "
+            f"{math.ceil(least / data.FOLDS['threshold'])}, for a quarter sets the threshold: {error}"
         ) from error
 
 
@@ -174,5 +177,8 @@ def _write(found: Bundle, calibration: Calibration) -> None:
     with atomic_folder(found.path, keep=True) as folder:
         write_bytes(folder / CALIBRATION, bundle.dump(calibration))
         card = folder / CARD
-        write_text(card, with_calibration(card.read_text() if card.is_file() else "", calibration))
+        text = with_calibration(card.read_text() if card.is_file() else "", calibration)
+        if sha256(folder / CALIBRATION) != found.manifest.files.get(CALIBRATION):
+            text = without_attacks(text)
+        write_text(card, text)
         bundle.seal(folder, found.manifest)

@@ -1,10 +1,12 @@
 """`guard calibrate`: a bundle's threshold and radii from held-out images."""
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guard.cli.options import (
+    WIDTH,
     Subparsers,
     add_bundle,
     add_command,
@@ -15,6 +17,7 @@ from guard.cli.options import (
     emit,
     held_out,
 )
+from guard.errors import UsageError
 
 if TYPE_CHECKING:
     from guard.bundle import Calibration, RadiusCalibration, Share
@@ -67,7 +70,6 @@ guard calibrate models/resnet50 --val photos/ --fpr 0.01 --score combined""",
     parser.add_argument(
         "--delta",
         type=_share,
-        default=0.05,
         metavar="P",
         help="with --guarantee pac, the share of calibration sets it may fail for (default: 0.05)",
     )
@@ -91,13 +93,15 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.calibration.run import calibrate
     from guard.calibration.work import Settings
 
+    if arguments.delta is not None and arguments.guarantee != "pac":
+        raise UsageError("--delta is about --guarantee pac: give both.")
     folder = chosen_bundle(arguments)
     dataset = held_out(arguments, bundle.load(folder, recalibrating=True).manifest)
     settings = Settings(
         score=arguments.score,
         fpr=arguments.fpr,
         guarantee=arguments.guarantee,
-        delta=arguments.delta,
+        delta=Settings.delta if arguments.delta is None else arguments.delta,
         seed=arguments.seed,
     )
     calibration = calibrate(
@@ -140,7 +144,7 @@ def _summary(folder: Path, calibration: "Calibration") -> dict[str, object]:
 def _text(folder: Path, calibration: "Calibration") -> str:
     realized, predicted = calibration.realized_fpr, calibration.predicted_fpr
     lines = [
-        f"wrote {folder}/calibration.json",
+        f"wrote {folder}/calibration.json (servers take it up when restarted)",
         f"  {calibration.score} threshold {calibration.threshold:.6g} from {calibration.n} images",
         (
             f"  clean images rejected: {realized.value:.2%} of {realized.n} "
@@ -154,6 +158,8 @@ def _text(folder: Path, calibration: "Calibration") -> str:
         total = sum(entry.n for entry in calibration.agreement)
         lines.append(f"  decided as the full Jacobian: {agree} of {total} clean and attacked images")
     lines += [_radii_line("l2", calibration.l2), _radii_line("linf", calibration.linf)]
+    if calibration.caveat is not None:
+        lines += textwrap.wrap(calibration.caveat, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 

@@ -147,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     from guard.errors import UsageError
     from guard.evaluation import suite
     from guard.evaluation.run import evaluate
+    from guard.files import check_writable
 
     if arguments.attacks == ["list"]:
         attacks = [*suite.known(), *suite.over_rejection()]
@@ -155,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("val", "out"):
         if getattr(arguments, option) is None:
             raise UsageError(f"--{option} is missing (see guard evaluate --help).")
+    check_writable(arguments.out, f"--out {arguments.out}")
     if arguments.quick and arguments.attacks:
         raise UsageError("--quick has a suite of its own: leave out --attacks, or --quick.")
     folder = chosen_bundle(arguments)

@@ -120,6 +120,8 @@ def _screen(bundle: "Bundle", size: int, bounds: "WeightBounds | None") -> list[
     else:
         facts += _detection(calibration)
         facts += [(f"{norm} radius", _radius(radii)) for norm, radii in _norms(calibration)]
+        if calibration.caveat is not None:
+            facts.append(("caution", calibration.caveat))
     if bounds is None:
         facts.append(("slopes", "what the weights alone allow: guard info --bounds"))
     else:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from guard.errors import UsageError
+from guard.files import check_writable
 from guard.settings import bundle_path, upload_limits
 
 if TYPE_CHECKING:
@@ -145,11 +145,9 @@ def check_output(option: str, path: Path, *suffixes: str) -> None:
     of another kind than these suffixes tell, or of a part of a bundle or of results, and where it cannot be
     written. To be called before any work.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {path}: nothing can be written to {folder}. Choose another folder.")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder: give the name of a file.")
+    check_writable(path, f"{option} {path}")
     if not path.is_file():
         return
     whole = any((path.parent / name).is_file() for name in ("manifest.json", "settings.json", "results.json"))

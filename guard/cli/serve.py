@@ -36,16 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     from guard import bundle as bundles
     from guard.guarded import GRAPH_VERSION
     from guard.settings import Policy
+    from guard.worker import Settings
 
     folder = chosen_bundle(arguments).resolve()
     bundles.load(folder, graph_version=GRAPH_VERSION).calibrated()
     Policy.from_environment()
+    Settings.from_environment()
     _check_free(arguments.host, arguments.port)
     shown = "localhost" if arguments.host in ("0.0.0.0", "127.0.0.1", "::", "::1") else arguments.host  # noqa: S104
     url = f"http://{shown}:{arguments.port}"
-    record = {"bundle": str(folder), "url": url}
-    emit(arguments, record, f"serving {folder.name} at {url} (Ctrl-C stops)")
-    sys.stdout.flush()
+    print(f"guard: starting {folder.name} at {url} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    if arguments.json:
+        emit(arguments, {"bundle": str(folder), "url": url}, "")
+        sys.stdout.flush()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
     command += ["--host", arguments.host, "--port", str(arguments.port)]
     environment = {"BENTOML_DO_NOT_TRACK": "True"} | os.environ | {"GUARD_MODEL": str(folder)}

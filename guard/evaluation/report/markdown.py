@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from guard.card import ATTACKS
 from guard.evaluation.report import findings, words
 from guard.evaluation.report.reading import Evaluation
-
-HEADING = "## Attacks"
 
 
 def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
@@ -13,7 +12,7 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     both = [evaluation] if against is None else [evaluation, against]
     results = evaluation.results
     names = [findings.name(one) for one in both]
-    lines = [HEADING, ""]
+    lines = [ATTACKS, ""]
     for one, name in zip(both, names, strict=True):
         on, hardware = _escape(str(one.results.data.get("name", "?"))), _escape(one.results.hardware)
         lines += [
