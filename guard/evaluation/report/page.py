@@ -247,13 +247,12 @@ def _checks(evaluation: Evaluation) -> str:
         return '<p class="warn">No check for gradient masking was run.</p>'
     lines = []
     for one in checks:
-        numbers = ", ".join(f"{name} {words.number(value)}" for name, value in one.numbers.items())
         chip = f'<span class="chip {one.verdict.replace(" ", "-")}">{one.verdict}</span>'
         lines.append(
             f"<tr><td>{escape(one.name)}</td><td>{chip}</td><td>{escape(one.expected)}</td>"
-            f"<td>{escape(one.found)}</td><td>{escape(numbers)}</td></tr>"
+            f"<td>{escape(one.found)}</td></tr>"
         )
-    columns = "".join(f"<th>{text}</th>" for text in ("check", "verdict", "expected", "found", "numbers"))
+    columns = "".join(f"<th>{text}</th>" for text in ("check", "verdict", "expected", "found"))
     return (
         '<h3>Is a defence hiding its gradients?</h3><div class="scroll"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
