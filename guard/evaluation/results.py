@@ -56,7 +56,7 @@ ARRAYS = ("row", "success", "wrong", "distance", "l2", "linf", "passes", "image"
 """`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it,
 where the served decision confirms it; `wrong` (n,): the image it returned, whatever it says of it, is
 predicted as another class; `distance` (n,) as measured in its norm, else in the attack's own measure, inf:
-failed; `l2`, `linf` (n,) of the perturbation; `passes` (n,) forward passes spent on each image; `image`
+failed; `l2`, `linf` (n,) of the perturbation; `passes` (n,) forward passes as `Found` counts them; `image`
 float32 the attacked ones of the rows below `GALLERY`; measurements of the attacked image (n, ...), NaN where
 it is neither a success nor wrong; and `accepted_SCORE` (n,; False there), `ratio_SCORE` (n,; NaN there). Of
 controls, which know nothing of the model, all images have these."""

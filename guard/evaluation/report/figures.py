@@ -212,8 +212,8 @@ def _passes(evaluation: Evaluation) -> Figure | None:
     sizes = [row[4] for row in rows]
     caption = (
         "Median and middle half over the images that an attack broke "
-        f"(n = {min(sizes)} to {max(sizes)}), of several budgets the largest; a gradient counts as two more "
-        "passes."
+        f"(n = {min(sizes)} to {max(sizes)}), of several budgets the largest: what it took until it "
+        "first succeeded, or all where a library runs it; a gradient counts as two more passes."
     )
     return Figure("What an attack costs", frame.svg(marks, "forward passes"), (), caption)
 

@@ -52,6 +52,9 @@ FAMILIES = {
 }
 """The attacks there are, by how their names begin, without hyphens and the library's name."""
 
+WITHIN_AUTOATTACK = {"APGD", "FAB", "Square"}
+"""The families that the standard AutoAttack consists of."""
+
 
 def name(evaluation: Evaluation) -> str:
     """The model's name."""
@@ -71,6 +74,8 @@ def not_run(evaluation: Evaluation) -> list[str]:
     """The families of attacks of which the run had none."""
     results = evaluation.results
     run = {_family(one.name) for one in (*results.attacks, *results.over_rejection)}
+    if "AutoAttack" in run:
+        run |= WITHIN_AUTOATTACK
     wanted = [family for family in FAMILIES if family != TOP_5 or evaluation.classes >= MANY_CLASSES]
     return [family for family in wanted if family not in run]
 
@@ -171,15 +176,15 @@ def headline(evaluation: Evaluation) -> list[str]:
 
 def added(stands: Sequence[Standing]) -> list[str]:
     """What dear attacks, run on fewer images, brought down of those that others left: by subset."""
-    found: dict[int, list[str]] = {}
+    found: dict[tuple[int, str], list[str]] = {}
     for one in stands:
         for some in one.subsets:
             if some.added:
                 said = f"{words.count(some.added)} at {words.size(one.budget, one.norm)}"
-                found.setdefault(some.images, []).append(said)
+                found.setdefault((some.images, ", ".join(some.attacks)), []).append(said)
     return [
-        f"On the first {images} images dear attacks brought down, of those others left, {', '.join(said)}."
-        for images, said in found.items()
+        f"On the first {images} images {attacks} brought down, of those that others left, {', '.join(said)}."
+        for (images, attacks), said in found.items()
     ]
 
 

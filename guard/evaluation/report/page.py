@@ -343,7 +343,8 @@ def _attacks(both: Sequence[Evaluation]) -> str:
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
         "accepts, and succeed where the image is wrong and accepted; dear ones are spared the images that "
         "cheaper attacks broke, so theirs is of the harder rest. In files: of the successes, those that are "
-        "one when rounded to 256 levels a value. Forward passes are means.</p>"
+        "one when rounded to 256 levels a value. Forward passes are means: "
+        "until an attack first succeeds, else all it takes, and always all where a library runs it.</p>"
     )
     return note + "".join(parts)
 
