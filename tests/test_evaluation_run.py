@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -108,18 +109,19 @@ def evaluated(
     joined: Sequence[Path] = (),
     **changes: Any,
 ) -> Results:
-    return evaluate(
-        folder,
-        colours(),
-        out,
-        tasks_of(attacks, denials),
-        replace(SETTINGS, **changes),
-        provider="cpu",
-        threads=1,
-        twin=twin,
-        joined=joined,
-        silent=True,
-    )
+    with patch("guard.evaluation.run.FEWEST", 4):  # the few images of a test in several pieces
+        return evaluate(
+            folder,
+            colours(),
+            out,
+            tasks_of(attacks, denials),
+            replace(SETTINGS, **changes),
+            provider="cpu",
+            threads=1,
+            twin=twin,
+            joined=joined,
+            silent=True,
+        )
 
 
 def broken_by(result: AttackResult) -> int:
