@@ -250,6 +250,8 @@ def planted(path: Path, *, count: int = 40, classes: int = 3, **more: Any) -> Fo
             "jacobian": jacobian,
             "radius_l2": margin / steep,
             "radius_linf": margin / np.abs(difference).sum(axis=1),
+            "omega_l2": margin / steep,
+            "omega_linf": margin / np.abs(difference).sum(axis=1),
             "accepted_jacobian": jacobian <= 0.95 * steep / 2,
             "accepted_radius": margin / steep >= 0.01,
         }

@@ -251,10 +251,12 @@ def test_more_starts_past_the_detector(found: list[int], verdict: str) -> None:
     more = knowing("joint-restarts-l2", "gradients", found, [5, 6, 7], budget=0.2)
     check = by_name(masking.detector_checks([more], none, BUDGETS, "jacobian"))[name]
     assert check.verdict == verdict
-    assert check.found == f"{len(found)} of 100 images"
+    assert check.found == f"{len(found)} of 3 images; other attacks bring 0 past it"
     # What an attack finds that came later, or from another folder, is not more than there was.
     too = knowing("nearest-accepted-l2", "gradients", [7], [5, 6, 7])
     assert by_name(masking.detector_checks([more, too], none, BUDGETS, "jacobian"))[name].verdict == "passed"
+    nothing = knowing("joint-restarts-l2", "gradients", [], [5, 6, 7], budget=0.2)
+    assert by_name(masking.detector_checks([nothing], none, BUDGETS, "jacobian"))[name].verdict == "undecided"
     elsewhere = knowing("joint-restarts-l2", "gradients", found, [5, 6, 7], budget=0.5)
     assert by_name(masking.detector_checks([elsewhere], none, BUDGETS, "jacobian"))[name].verdict == "not run"
 
@@ -270,6 +272,10 @@ def test_queries_past_the_detector(found: list[int], verdict: str) -> None:
     assert check.verdict == verdict
     assert check.numbers == {
         "search by queries alone": len(set(found) - {3}),
-        "n": 100,
+        "search by queries": 2,
+        "n": 4,
         "budget": 0.2,
     }
+    nothing = knowing("http-scores-l2", "scores", [], [3, 5, 6, 7], budget=0.2)
+    checks = by_name(masking.detector_checks([white, nothing], none, BUDGETS, "jacobian"))
+    assert checks[name].verdict == "undecided"

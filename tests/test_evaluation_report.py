@@ -403,8 +403,14 @@ class TestTables:
         result.clean["radius_linf"] = np.full(40, 0.02)
         strongest = radii()[3].model_copy(update={"kind": "conformal", "method": "scaled-first-order"})
         result.write(radii=[strongest, *radii()])
-        cells = tables.scale_1([read(tmp_path / "r")]).rows[-1].cells
-        assert cells[1].endswith(", scaled-first-order (conformal)")
+        result.clean["omega_linf"] = np.full(40, 0.001)
+        result.write(radii=[strongest, *radii()])
+        found = read(tmp_path / "r")
+        bound, served = tables.scale_1([found]).rows[-2:]
+        wrong = int((~found.right).sum())
+        assert bound.cells[1:3] == (words.share(share_of(40, 40)),) * 2
+        assert served.name == "planted: linf scaled-first-order (conformal) instead of the ω-bound"
+        assert served.cells[1:3] == tuple(words.share(share_of(lost, 40)) for lost in (wrong, 40))
 
     def test_top_5_only_where_there_are_many_classes(self, evaluation: Evaluation, tmp_path: Path) -> None:
         for table in (tables.scale_1, tables.scale_2):
@@ -442,7 +448,7 @@ class TestTables:
 
     def test_radii_at_the_budgets(self, tmp_path: Path) -> None:
         result = planted(tmp_path / "r")
-        result.clean["radius_l2"] = np.full(40, 0.6)
+        result.clean["omega_l2"] = np.full(40, 0.6)
         result.write()
         cells = tables.scale_6([read(tmp_path / "r")]).rows[-1].cells
         wrong = int((~read(tmp_path / "r").right).sum())
@@ -461,8 +467,9 @@ class TestFigures:
             "Robust accuracy in l2",
             "Error against linf distance: attacks with gradients",
             "Robust accuracy in linf",
-            "What an attack costs",
-            *(f"Jacobian norm: {kind}" for kind in ("clean", "PGD", "Boundary", "CW", "evasive CW")),
+            "What a first success costs",
+            *(f"Jacobian norm: {name}" for name in ("clean", "fmn-l2", "boundary-l2", "cw-l2")),
+            "Jacobian norm: joint-pgd-l2 1",
             "Radius against l2 distance",
         ]
         for figure in figures.figures(evaluation, evaluation, {}):
@@ -582,7 +589,8 @@ class TestFindings:
         first = evaluation.results.standing[0].model_copy(update={"subsets": [some]})
         dear = changed(evaluation, standing=[first])
         said = words.share(first.standing)
-        stands, added, *_ = findings.headline(dear)
+        meaning, stands, added, *_ = findings.headline(dear)
+        assert meaning.startswith("Robust accuracy with rejection is the share of images ")
         assert stands == f"Robust accuracy with rejection in l2. At 0.25: {said}."
         brought = "autoattack-l2, cw-restarts-l2 brought down, of those that others left, 1 of 4 at 0.25."
         assert added == f"On the first 20 images {brought}"
@@ -649,7 +657,8 @@ class TestFindings:
         assert said == "No sign of gradient masking in 1 check; 2 not run, for want of attacks to compare."
         undecided = CHECKS[0].model_copy(update={"name": "more steps", "verdict": "undecided"})
         said = findings.masking(changed(evaluation, checks=[CHECKS[0], undecided]))
-        assert said == "No sign of gradient masking in 1 check; 1 undecided, as nothing fell at its budget."
+        least = "1 undecided, as the attacks that tell break nothing there"
+        assert said == f"No sign of gradient masking in 1 check; {least}."
 
 
 def changed(evaluation: Evaluation, **update: Any) -> Evaluation:

@@ -161,6 +161,7 @@ def test_files_hold_what_they_should(other_folder: Path, tmp_path: Path) -> None
     # The omega of this bundle is 0: the radius is the distance to the boundary, but ends with the table.
     margin = GAIN / 255 * np.array([KINDS[index % 5] for index in clean["index"]])
     assert np.allclose(clean["radius_l2"], np.minimum(margin / (1.5 * np.sqrt(2)), 2), rtol=1e-4)
+    assert np.array_equal(clean["omega_l2"], clean["radius_l2"])
     for one in results.attacks:
         arrays = load_arrays(out / one.file, (*ARRAYS, "accepted_jacobian", "ratio_jacobian"))
         assert arrays["logits"].shape == (16, 3)

@@ -258,7 +258,8 @@ def _black_box(finished: Sequence[Finished], kind: str, norm: Norm, eps: float) 
 
 
 def _more_starts(finished: Sequence[Finished], norm: Norm, eps: float, score: ScoreName) -> Check:
-    """Of the images that other starts bring past the detector, those that no other attack does.
+    """Of the images that other starts were run on, those that they bring past the detector and no other
+    attack does.
 
     Attacks that follow the detector's gradient have found what there is where these are few.
     """
@@ -269,22 +270,23 @@ def _more_starts(finished: Sequence[Finished], norm: Norm, eps: float, score: Sc
     if one is None:
         return Check(name=name, verdict="not run", expected=expected, found=f"{attack} adds it")
     others = [other for other in finished if other is not one]
-    found = _broken([one], norm, eps, score)
-    alone, n = len(np.setdiff1d(found, _broken(others, norm, eps, score))), _meant(one)
+    past, before = _broken([one], norm, eps, score), _broken(others, norm, eps, score)
+    alone, n = len(np.setdiff1d(past, before)), len(_rows([one]))
     return Check(
         name=name,
-        verdict="passed" if _few(alone, n) else "failed",
+        verdict=_verdict(_few(alone, n), fell=len(np.union1d(past, before))),
         expected=expected,
-        found=f"{alone} of {n} images",
-        numbers={"more starts alone": alone, "n": n, "budget": eps},
+        found=f"{alone} of {n} images; other attacks bring {len(before)} past it",
+        numbers={"more starts alone": alone, "other attacks": len(before), "n": n, "budget": eps},
     )
 
 
 def _black_box_accepted(
     finished: Sequence[Finished], kind: str, norm: Norm, eps: float, score: ScoreName
 ) -> Check:
-    """Of the images that this kind of black box was to make wrong and accepted, those that no attack by
-    gradients did. It may spare images that cheaper attacks broke: those are no evidence either way.
+    """Of the images that this kind of black box was run on, those that it makes wrong and accepted and no
+    attack by gradients does. One that does so with none says nothing: it would find none whatever gradients
+    are like.
     """
     box = BLACK_BOXES[kind]
     black = [
@@ -301,21 +303,16 @@ def _black_box_accepted(
     if not black:
         found = f"no such attack at this budget; {box.adds} adds it"
         return Check(name=name, verdict="not run", expected=expected, found=found)
-    n = max(_meant(one) for one in black)
+    n = len(_rows(black))
     past = _broken(black, norm, eps, score)
     alone = len(np.setdiff1d(past, _broken(white, norm, eps, score)))
     return Check(
         name=name,
-        verdict="passed" if _few(alone, n) else "failed",
+        verdict=_verdict(_few(alone, n), fell=len(past)),
         expected=expected,
-        found=f"{alone} of {n} images",
-        numbers={f"{kind} alone": alone, "n": n, "budget": eps},
+        found=f"{alone} of {n} images; {kind} brings {len(past)} past it",
+        numbers={f"{kind} alone": alone, kind: len(past), "n": n, "budget": eps},
     )
-
-
-def _meant(one: Finished) -> int:
-    """The images that an attack was run on, and those it spared."""
-    return len(one.arrays["row"]) + int(one.result.settings.get("skipped", 0))
 
 
 def _rows(finished: Sequence[Finished]) -> Labels:

@@ -47,10 +47,10 @@ GALLERY = 12
 MEASURED = ("logits", "margin", "gradient_l2", "gradient_l1", "jacobian")
 """Fields of `guard.runtime.Measurement` that are kept for clean and for attacked images."""
 
-CLEAN = ("index", "label", "image", "radius_l2", "radius_linf", *MEASURED)
+CLEAN = ("index", "label", "image", "radius_l2", "radius_linf", "omega_l2", "omega_linf", *MEASURED)
 """Dataset index (N,), true class (N,), the first `GALLERY` images (C, H, W) float32, the strongest served
-radii (N,), before a rejection sets them to 0, measurements (N, ...); and `accepted_SCORE`, `ratio_SCORE` (N,)
-for every score judged: the score over its threshold."""
+radii and the omega-bounds (N,), before a rejection sets them to 0, measurements (N, ...); and
+`accepted_SCORE`, `ratio_SCORE` (N,) for every score judged: the score over its threshold."""
 
 ARRAYS = ("row", "success", "wrong", "distance", "l2", "linf", "passes", "image", *MEASURED)
 """`row` (n,) numbers the attacked images among those of `clean.npz`; `success` (n,) as the attack counts it,

@@ -54,7 +54,7 @@ from guard.evaluation.served import JUDGED
 from guard.evaluation.target import Flags, Target
 from guard.files import locked, provenance, write_bytes
 from guard.guarded import GRAPH_VERSION
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 from guard.progress import Progress, duration
 from guard.runtime import Detector
 from guard.settings import Policy
@@ -310,9 +310,10 @@ class _Run:
             arrays = arrays or measured_at(self.target, images, score, verdict.measurement)
             arrays |= {f"accepted_{score}": verdict.accepted, f"ratio_{score}": verdict.ratio}
             if score == self.calibration.score:
-                decisions = self.target.guards[score].decide(verdict.measurement)
-                radii = np.array([(one.measured.l2, one.measured.linf) for one in decisions], np.float64)
-                arrays |= {"radius_l2": radii[:, 0], "radius_linf": radii[:, 1]}
+                for norm in NORMS:
+                    radii = self.target.guards[score].radii(verdict.measurement, norm)
+                    by_method = {radius.method: values for radius, values in radii}
+                    arrays |= {f"radius_{norm}": radii[0][1], f"omega_{norm}": by_method["omega-bound"]}
         return arrays
 
     # --- attacks

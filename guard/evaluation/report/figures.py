@@ -1,31 +1,34 @@
 """The papers' figures from a results folder, as SVG: what was not run leaves its curve out."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from guard import plots
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import Attacked, Evaluation, Flags, Values
-from guard.evaluation.report.tables import SOURCES, source_of
+from guard.evaluation.report.tables import SOURCES, deep_of, source_of
 from guard.norms import NORMS, Norm
 from guard.plots import Frame, Points
 
 _FLOOR = 1e-4
 _BINS = 28
+_FEWEST = 10
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its title, a legend of (series, text), and what it shows and of how many images."""
+    """A drawing with its title, a legend of (series, text), and what it shows and of how many images; a wide
+    one has the page's width.
+    """
 
     title: str
     svg: str
     legend: tuple[tuple[str, str], ...]
     caption: str
+    wide: bool = False
 
 
 def figures(
@@ -61,11 +64,12 @@ def _errors(
     if not attacks:
         return None
     by_name: dict[str, list[Attacked]] = {}
-    for attack in sorted(attacks, key=lambda one: one.result.budget is not None):
+    for attack in attacks:
         by_name.setdefault(attack.result.name, []).append(attack)
     union = evaluation.nearest(norm)
     reached = [one.lengths(norm)[one.success] for one in attacks] + [union[np.isfinite(union) & (union > 0)]]
     budgets = [one.result.budget for one in attacks if one.result.budget is not None]
+    by_name = dict(sorted(by_name.items(), key=lambda pair: -_lost_at(pair[1], budgets)))
     positive = np.concatenate([*reached, budgets])
     if not (positive > 0).any():
         return None
@@ -104,8 +108,13 @@ def _errors(
         "Images classified wrongly before any attack count as lost at every distance. Curves are attacks "
         "that look for the nearest image, points those of a fixed budget, with 95% intervals."
     )
+    if any(one.n_considered < len(union) for one in attacks):
+        caption += (
+            " Those run on the first images only are of these alone, which may be harder or easier than the "
+            "rest: such a point may lie above the curve of all."
+        )
     if left:
-        caption += f" Not drawn: {', '.join(left)}."
+        caption += f" Not drawn, as they break fewer: {', '.join(left)}."
     if stability is not None:
         eps, halfway = stability["stability"]["eps"], stability["stability"]["halfway"]
         marks.append(
@@ -119,6 +128,14 @@ def _errors(
             "another class, where no classifier can be right about both."
         )
     return Figure(f"Error against {norm} distance: {title}", frame.svg(marks, title), tuple(legend), caption)
+
+
+def _lost_at(found: Sequence[Attacked], budgets: Sequence[float]) -> float:
+    """How much an attack of several budgets, or of none, breaks in all: its shares of lost images at the
+    budgets of the run, summed.
+    """
+    lost = np.array([one.errors_within(sorted(set(budgets))) for one in found])
+    return float(lost.max(axis=0).sum()) if len(budgets) else float(sum(one.success.mean() for one in found))
 
 
 def _reach(stability: Mapping[str, Any]) -> float:
@@ -183,28 +200,27 @@ def _robustness(evaluation: Evaluation, against: Evaluation | None, norm: Norm) 
         "with their 95% intervals."
     )
     if any(one.subsets for one in standings):
-        caption += " Dear attacks ran on the first images only; the verdict says what stands of those."
+        caption += " Expensive attacks ran on the first images only; the verdict says what stands of those."
     return Figure(f"Robust accuracy in {norm}", frame.svg(marks, f"robust {norm}"), tuple(legend), caption)
 
 
 def _passes(evaluation: Evaluation) -> Figure | None:
-    """Median time of a successful attack in forward passes (LIP Table 3's calls)."""
+    """Median time of a successful attack in forward passes (LIP Table 3's calls). Controls are no attacks,
+    and a handful of images has no median worth its name.
+    """
     rows = []
     for attack in evaluation.last_of_each():
         spent = np.asarray(attack.arrays["passes"], np.float64)[attack.success]
-        if len(spent) and np.median(spent) > 0:
+        if len(spent) >= _FEWEST and np.median(spent) > 0 and not attack.result.false_alarms:
             low, middle, high = np.quantile(spent, (0.25, 0.5, 0.75))
             rows.append((words.named(attack), float(low), float(middle), float(high), len(spent)))
     if not rows:
         return None
     rows.sort(key=lambda row: row[2])
     lowest, highest = min(max(1.0, row[1]) for row in rows), max(row[3] for row in rows)
-    across = plots.logarithmic(lowest, max(highest, 2 * lowest), "forward passes per image")
-    powers = tuple(tick for tick in across.ticks if tick[1].startswith("1"))
-    if len(powers) > 1:  # names leave little room
-        across = replace(across, ticks=powers)
+    across = plots.logarithmic(lowest, max(highest, 2 * lowest), "forward passes per image to first success")
     upright = plots.Axis(len(rows) - 0.5, -0.5, tuple((place, row[0]) for place, row in enumerate(rows)))
-    frame = Frame(across, upright, height=56 + 20 * len(rows))
+    frame = Frame(across, upright, width=780, height=56 + 15 * len(rows))
     marks = []
     for place, (_, low, middle, high, _) in enumerate(rows):
         marks.append(plots.line(frame, [(max(low, 1.0), place), (high, place)], "c0"))
@@ -213,28 +229,32 @@ def _passes(evaluation: Evaluation) -> Figure | None:
     caption = (
         "Median and middle half over the images that an attack broke "
         f"(n = {min(sizes)} to {max(sizes)}), of several budgets the largest: what it took until it "
-        "first succeeded, or all where a library runs it; a gradient counts as two more passes."
+        "first succeeded, after which those that look for the nearest image go on; all it took where a "
+        f"library runs it. A gradient counts as two more passes. Left out: controls, fewer than {_FEWEST} "
+        "images."
     )
-    return Figure("What an attack costs", frame.svg(marks, "forward passes"), (), caption)
+    return Figure("What a first success costs", frame.svg(marks, "forward passes"), (), caption, wide=True)
 
 
 def _histograms(evaluation: Evaluation) -> Iterable[Figure]:
-    """LIPGEN Fig. 4: the Jacobian norm of clean and of attacked images, on one axis."""
-    sets: list[tuple[str, str, NDArray[Any], str]] = []
-    score = "jacobian"
+    """LIPGEN Fig. 4: the Jacobian norm of clean and of attacked images, on one axis; and that of an attack
+    which goes on into the wrong class, as LIPGEN's do not.
+    """
     clean = np.asarray(evaluation.clean["jacobian"], np.float64)
-    rejected = evaluation.results.rejected
-    said = f"; rejected: {words.share(rejected['jacobian'])}" if score in rejected else ""
-    sets.append(("clean", "c7", clean, f"n = {len(clean)}{said}"))
-    for series, kind in zip(plots.SERIES, SOURCES, strict=False):
-        attack = source_of(evaluation, kind)
-        if attack is not None:
-            norms = np.asarray(attack.arrays["jacobian"], np.float64)[attack.success]
-            found = attack.result.detection.get("jacobian")
-            text = f"{words.named(attack)}, n = {len(norms)}"
-            sets.append(
-                (kind, series, norms, text + (f"; rejected: {words.share(found.rejected)}" if found else ""))
-            )
+    rejected = words.rejected(evaluation.results.rejected.get("jacobian"))
+    sets = [("clean", "c7", clean, f"n = {len(clean)}{rejected}")]
+    found = [(f"; LIPGEN's figure has {kind}", source_of(evaluation, kind)) for kind in SOURCES]
+    found.append(("; goes on to the end of its budget", deep_of(evaluation)))
+    for series, (about, attack) in zip(plots.SERIES, found, strict=False):
+        if attack is None:
+            continue
+        norms = np.asarray(attack.arrays["jacobian"], np.float64)[attack.success]
+        text = f"n = {len(norms)}"
+        if attack.result.aware is not None:
+            text += f" that it brought past {attack.result.aware}"
+        elif judged := attack.result.detection.get("jacobian"):
+            text += words.rejected(judged.rejected)
+        sets.append((words.named(attack), series, norms, text + about))
     values = np.concatenate([one for _, _, one, _ in sets])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
@@ -242,22 +262,34 @@ def _histograms(evaluation: Evaluation) -> Iterable[Figure]:
     threshold = evaluation.threshold()
     low, high = float(np.quantile(values, 0.005)), float(values.max())
     across = plots.logarithmic(max(low, high * 1e-4), high * 1.01, "Jacobian norm")
-    edges = np.geomspace(across.low, across.high, _BINS + 1)
+    edges = _edges(across, threshold)
     for kind, series, norms, text in sets:
         finite = np.clip(norms[np.isfinite(norms)], across.low, across.high)
         if not len(finite):
             continue
         heights = np.histogram(finite, edges)[0] / len(finite)
-        frame = Frame(across, plots.linear(0.0, float(heights.max()), scale=100), height=150)
+        frame = Frame(across, plots.linear(0.0, float(heights.max()), "% of images", scale=100), height=164)
         marks = [plots.bars(frame, edges.tolist(), heights.tolist(), series)]
         if threshold is not None and across.low < threshold < across.high:
             marks.append(plots.rule(frame, threshold, f"t = {threshold:.3g}"))
+        caption = f"Images: {text}. What lies right of t is rejected by the score jacobian."
+        if (norms < across.low).any():
+            caption += " The first bar holds all smaller ones, too."
         yield Figure(
             f"Jacobian norm: {kind}",
             frame.svg(marks, f"histogram of the Jacobian norm, {kind}"),
             (),
-            f"% of images ({text}). What lies right of t is rejected by the score jacobian.",
+            caption,
         )
+
+
+def _edges(across: plots.Axis, threshold: float | None) -> Values:
+    """Edges of bins, one of them at the threshold: no bar holds rejected and accepted ones."""
+    if threshold is None or not across.low < threshold < across.high:
+        return np.geomspace(across.low, across.high, _BINS + 1)
+    below = min(max(1, round(_BINS * across.at(threshold))), _BINS - 1)
+    left = np.geomspace(across.low, threshold, below + 1)
+    return np.concatenate([left, np.geomspace(threshold, across.high, _BINS - below + 1)[1:]])
 
 
 def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
@@ -289,5 +321,10 @@ def _tightness(evaluation: Evaluation, norm: Norm) -> Figure | None:
         plots.dots(frame, points(inside), "c6", size=3),
     ]
     legend = (("c0 dot", "held"), ("c6 dot", "attacked inside"), ("pale", "radius = distance"))
+    served = next((one for one in evaluation.results.radii if one.served and one.norm == norm), None)
     found = f"n = {int(shown.sum())} accepted images, {int(inside.sum())} attacked inside."
+    if served is not None:
+        found = f"Radius: {words.radius(served)}. {found}"
+    if (distance[shown] > limit).any() or (radius[shown] > limit).any():
+        found += " Dots at the edge lie beyond it."
     return Figure(f"Radius against {norm} distance", frame.svg(marks, f"tightness {norm}"), legend, found)

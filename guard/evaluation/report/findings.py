@@ -14,9 +14,11 @@ from guard.norms import NORMS, Norm
 
 TOP_5 = "top 5"
 AUDIT = (
-    "Attacked inside: by any attack of the run, at any budget. The violation rate that is served beside a "
+    "Attacked inside: by any attack of the run, at any budget; accepted images that are classified wrongly "
+    "only by those aimed at radii. The violation rate that is served beside a "
     "radius is of the calibration's attacks alone, on images of the same fold."
 )
+LUCK = "One image, or one in a hundred, is put down to luck."
 FAMILIES = {
     "FGSM": ("fgsm",),
     "I-FGSM": ("ifgsm", "iterated"),
@@ -146,11 +148,12 @@ def headline(evaluation: Evaluation) -> list[str]:
     """What stands under all attacks by the served score, a sentence per norm, and what to make of it."""
     results = evaluation.results
     score = results.served
-    said = []
-    if results.outstanding:
+    said = unfinished(results)
+    if results.standing:
         said.append(
-            f"The run is not finished: outstanding are {', '.join(results.outstanding)}. Attacks that are "
-            "missing would leave less standing. The command that began them goes on from here."
+            f"Robust accuracy with rejection is the share of images that are right and that {score} accepts "
+            "when clean, and for which no attack of the run found an accepted image of another class within "
+            "the budget."
         )
     for norm in ("l2", "linf"):
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
@@ -162,10 +165,6 @@ def headline(evaluation: Evaluation) -> list[str]:
             said.append(f"Robust accuracy with rejection in {norm}. {parts}.")
             said += added(stands)
     if results.standing:
-        said.append(
-            f"That is the share of images that are right and that {score} accepts when clean, and for which "
-            "no attack of the run found an accepted image of another class within the budget."
-        )
         clean = next((one.clean for one in results.standing if one.score == score), None)
         rejected = words.share(results.rejected.get(score))
         said.append(f"The same without attack: {words.share(clean)}. Clean images rejected: {rejected}.")
@@ -174,8 +173,19 @@ def headline(evaluation: Evaluation) -> list[str]:
     return said
 
 
+def unfinished(results: Results) -> list[str]:
+    """What a run that was stopped still lacks, in a sentence, if it was."""
+    if not results.outstanding:
+        return []
+    said = (
+        f"The run is not finished: outstanding are {', '.join(results.outstanding)}. Attacks that are "
+        "missing would leave less standing. The command that began them goes on from here."
+    )
+    return [said]
+
+
 def added(stands: Sequence[Standing]) -> list[str]:
-    """What dear attacks, run on fewer images, brought down of those that others left: by subset."""
+    """What expensive attacks, run on fewer images, brought down of those that others left: by subset."""
     found: dict[tuple[int, str], list[str]] = {}
     for one in stands:
         for some in one.subsets:
@@ -189,8 +199,8 @@ def added(stands: Sequence[Standing]) -> list[str]:
 
 
 def subsets(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """The heads of a table, and a row per score, budget and subset of images that dear attacks were run on;
-    of several evaluations the model's name comes first.
+    """The heads of a table, and a row per score, budget and subset of images that expensive attacks were run
+    on; of several evaluations the model's name comes first.
     """
     several = len(evaluations) > 1
     rows = [
@@ -208,7 +218,13 @@ def subsets(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str
         for one in evaluation.results.standing
         for some in one.subsets
     ]
-    heads = ["score, budget", "images", "attacks", "brought down of those left", "under attack"]
+    heads = [
+        "score, budget",
+        "images",
+        "attacks",
+        "brought down of those that others left",
+        "under attack",
+    ]
     return [*["model"] * several, *heads, "without attack", "without the detector"], rows
 
 
@@ -280,7 +296,7 @@ def masking(evaluation: Evaluation) -> str:
     counts = Counter(check.verdict for check in checks)
     count, rest = counts["passed"], ""
     if counts["undecided"]:
-        rest += f"; {counts['undecided']} undecided, as nothing fell at its budget"
+        rest += f"; {counts['undecided']} undecided, as the attacks that tell break nothing there"
     if counts["not run"]:
         rest += f"; {counts['not run']} not run, for want of attacks to compare"
     return f"No sign of gradient masking in {count} check{'' if count == 1 else 's'}{rest}."

@@ -34,11 +34,12 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
     ]
     head, rows = findings.subsets(both)
     if rows:
-        lines += ["", "Dear attacks, on the first images; above, they count as failed on the others:"]
+        lines += ["", "Expensive attacks, on the first images; above, they count as failed on the others:"]
         lines += ["", *_table(head, rows)]
     if results.checks:
         rows = [[one.name, one.verdict, one.expected, one.found] for one in results.checks]
         lines += ["", *_table(["gradient masking", "verdict", "expected", "found"], rows)]
+        lines += ["", findings.LUCK]
     if results.radii:
         rows = [
             [

@@ -57,7 +57,7 @@ def page(
 </head>
 <body>
 <header><h1>{name} under attack</h1>
-<p class="muted">{results.images:,} images of {data} · {len({one.name for one in results.attacks})} attacks ·
+<p class="muted">{results.images:,} images of {data} · {_counted(evaluation)} ·
 {escape(results.hardware)} · {words.duration(results.seconds)}</p>
 <nav>{links}</nav></header>
 <main>
@@ -67,6 +67,13 @@ def page(
 </body>
 </html>
 """
+
+
+def _counted(evaluation: Evaluation) -> str:
+    """How many attacks there are, one in two norms counted twice, and how many controls."""
+    names = {one.name: bool(one.false_alarms) for one in evaluation.results.attacks}
+    controls = sum(names.values())
+    return f"{len(names) - controls} attacks" + (f", {controls} controls" if controls else "")
 
 
 def _commands(both: Sequence[Evaluation]) -> str:
@@ -106,8 +113,9 @@ def _verdict(both: Sequence[Evaluation]) -> str:
     kind = ' class="warn"' if failed or not results.checks else ""
     sentences.append(f"<p{kind}>{_cell(findings.masking(evaluation))}</p>")
     for other in both[1:]:
-        said = " ".join(findings.headline(other))
-        sentences.append(f'<p class="muted">{_cell(f"{findings.name(other)}, beside it. {said}")}</p>')
+        lacks = [*findings.unfinished(other.results), findings.unknowing(other.results, other.results.served)]
+        said = (f"{findings.name(other)}: {lack}" for lack in lacks if lack)
+        sentences += [f'<p class="warn">{_cell(text)}</p>' for text in said]
     parts = [f'<div class="verdict">{"".join(sentences)}</div>', _cards(both), _standing(both)]
     parts += [f"<p>{escape(sentence)}</p>" for sentence in findings.gaps(both)]
     if results.over_rejection:
@@ -201,17 +209,17 @@ def _standing(both: Sequence[Evaluation]) -> str:
 
 
 def _subsets(both: Sequence[Evaluation]) -> str:
-    """What stands of the first images, on which dear attacks were run too."""
+    """What stands of the first images, on which expensive attacks were run too."""
     head, rows = findings.subsets(both)
     if not rows:
         return ""
     note = (
-        '<p class="muted">Above, dear attacks count as failed where they were not run. Here all '
+        '<p class="muted">Above, expensive attacks count as failed where they were not run. Here all '
         "figures are of those that they were run on: how many they brought down of what the others "
         "had left standing, and what stands in all. The first images may be harder or easier than the "
         "rest, so that only figures of the same images compare.</p>"
     )
-    return _table("The first images, on which dear attacks were run too", head, rows) + note
+    return _table("The first images, on which expensive attacks were run too", head, rows) + note
 
 
 def _fallen(evaluation: Evaluation) -> str:
@@ -231,7 +239,7 @@ def _fallen(evaluation: Evaluation) -> str:
             parts.append(_table(caption, head, rows))
     note = (
         '<p class="muted">Whatever the budget it was run at, or none; with the number of images where it was '
-        "not run on all. Dear attacks that know the detector ran on what cheaper ones had left standing.</p>"
+        "not run on all. Expensive attacks that know the detector ran on what cheaper ones had left.</p>"
     )
     return "".join([*parts, note]) if parts else ""
 
@@ -256,7 +264,7 @@ def _checks(evaluation: Evaluation) -> str:
     return (
         '<h3>Is a defence hiding its gradients?</h3><div class="scroll"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        '<p class="muted">One image, or one in a hundred, is put down to luck.</p>'
+        f'<p class="muted">{escape(findings.LUCK)}</p>'
     )
 
 
@@ -280,7 +288,7 @@ def _radii(both: Sequence[Evaluation]) -> str:
             )
     if not rows:
         return "<p>The run audited no radii.</p>"
-    head = ["radius", "attacked inside", "mean radius", "mean smallest distance", "tightness", "n of means"]
+    head = ["radius", "attacked inside", "mean radius", "mean smallest distance", "tightness", "n"]
     kinds = dict.fromkeys(one.kind for evaluation in both for one in evaluation.results.radii)
     meant = "; ".join(f"{kind}: {words.KINDS.get(kind, 'of a kind unknown here')}" for kind in kinds)
     head = ["model", *head] if len(both) > 1 else head
@@ -295,8 +303,9 @@ def _figures(
     for figure in figures.figures(evaluation, against, stability):
         legend = "".join(f'<li class="{series}">{escape(text)}</li>' for series, text in figure.legend)
         keys = f'<ul class="legend">{legend}</ul>' if legend else ""
+        kind = ' class="wide"' if figure.wide else ""
         drawn.append(
-            f"<figure><h3>{escape(figure.title)}</h3>{keys}{figure.svg}"
+            f"<figure{kind}><h3>{escape(figure.title)}</h3>{keys}{figure.svg}"
             f"<figcaption><p>{escape(figure.caption)}</p></figcaption></figure>"
         )
     note = (
@@ -317,7 +326,7 @@ def _attacks(both: Sequence[Evaluation]) -> str:
         "in files",
         "distance of successes: median; mean",
     ]
-    head += ["forward passes", "time", "source"]
+    head += ["forward passes to success", "time", "settings", "source"]
     parts = []
     for evaluation in both:
         rows = [
@@ -333,6 +342,7 @@ def _attacks(both: Sequence[Evaluation]) -> str:
                 else words.MISSING,
                 words.number(one.passes),
                 words.duration(one.seconds),
+                words.effort(one) or words.MISSING,
                 one.source,
             ]
             for one in evaluation.results.attacks
@@ -341,10 +351,13 @@ def _attacks(both: Sequence[Evaluation]) -> str:
         parts.append(_table(f"Attacks on {findings.name(evaluation)}", head, rows))
     note = (
         "<p>Success is of the images that were right before; attacks that evade a score ran on those it "
-        "accepts, and succeed where the image is wrong and accepted; dear ones are spared the images that "
-        "cheaper attacks broke, so theirs is of the harder rest. In files: of the successes, those that are "
-        "one when rounded to 256 levels a value. Forward passes are means: "
-        "until an attack first succeeds, else all it takes, and always all where a library runs it.</p>"
+        "accepts, and succeed where the image is wrong and accepted; expensive ones are spared the images "
+        "that cheaper attacks broke, so theirs is of the harder rest. In files: of the successes, those that "
+        "are one when rounded to 256 levels a value, which may take them a little beyond the budget. Forward "
+        "passes are means: until an attack first succeeds (where it looks for the nearest image it then goes "
+        "on), else all it takes, and always all where a library runs it; a gradient counts as two more, an "
+        "answer over HTTP as the passes that the server makes for it. Time is what passed, pauses of the "
+        "machine included. Settings are those that were run; a source may have others.</p>"
     )
     return note + "".join(parts)
 

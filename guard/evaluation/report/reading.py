@@ -165,6 +165,10 @@ class Evaluation:
         """The strongest served radius of each evaluated image (N,)."""
         return np.asarray(self.clean[f"radius_{norm}"], np.float64)
 
+    def omega_bound(self, norm: Norm) -> Values:
+        """The omega-bound of each evaluated image (N,), an estimate."""
+        return np.asarray(self.clean[f"omega_{norm}"], np.float64)
+
     def threshold(self) -> float | None:
         """The threshold of the Jacobian norm, if the run judged it."""
         known: dict[ScoreName, float] = self.results.bundle.get("thresholds", {})

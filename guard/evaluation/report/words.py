@@ -26,6 +26,9 @@ KINDS = {
 """What each kind of radius may be called."""
 
 
+_NO_EFFORT = {"command", "images", "norm", "score", "skipped", "twin", "unconfirmed"}
+
+
 def percent(value: float) -> str:
     """A share with one decimal."""
     return f"{100 * value:.1f}%"
@@ -45,6 +48,11 @@ def error(found: Share | None) -> str:
         return MISSING
     turned = {"count": found.n - found.count, "value": 1 - found.value}
     return share(found.model_copy(update=turned | {"lower": 1 - found.upper, "upper": 1 - found.lower}))
+
+
+def rejected(found: Share | None) -> str:
+    """What a score rejects, where it is known; begins with a semicolon."""
+    return "" if found is None else f"; rejected: {share(found)}"
 
 
 def count(found: Share | None) -> str:
@@ -110,6 +118,15 @@ def success(result: AttackResult) -> str:
     if result.success is None:
         return f"all {spared} broken before"
     return share(result.success) + (f"; {spared} broken before left out" if spared else "")
+
+
+def effort(result: AttackResult) -> str:
+    """What an attack was given: steps, starts and whatever else it was set to."""
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value:.4g}" if type(value) is float else f"{key.replace('_', ' ')} {value}"
+        for key, value in result.settings.items()
+        if key not in _NO_EFFORT and not isinstance(value, bool)
+    )
 
 
 def named(found: Attacked) -> str:
