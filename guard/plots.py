@@ -18,6 +18,7 @@ SERIES = tuple(f"c{index}" for index in range(8))
 
 _MOST_POINTS = 400  # of a line: more than a diagram has pixels across
 _MOST_TICKS = 7
+_CLOSEST = 0.12  # of an axis between two ticks, so that their texts do not meet
 _DIGIT = 7  # how wide one is at most
 _ASCENT = 4  # half a digit's height
 
@@ -114,7 +115,8 @@ def logarithmic(low: float, high: float, title: str = "") -> Axis:
     last = min([one for one in values if one >= high * (1 - 1e-9) and one > first], default=values[-1])
     for factors, every in (((1, 2, 5), 1), ((1, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
         shown = [one for f, p, one in grid if f in factors and p % every == 0 and first <= one <= last]
-        if len(shown) <= _MOST_TICKS:
+        closest = min((math.log(after / before) for before, after in pairwise(shown)), default=math.inf)
+        if len(shown) <= _MOST_TICKS and closest >= _CLOSEST * math.log(last / first):
             break
     return Axis(first, last, tuple((value, f"{value:,.10g}") for value in shown), title, log=True)
 

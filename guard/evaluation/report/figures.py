@@ -10,6 +10,7 @@ from guard import plots
 from guard.evaluation.report import words
 from guard.evaluation.report.reading import Attacked, Evaluation, Flags, Values
 from guard.evaluation.report.tables import SOURCES, deep_of, source_of
+from guard.evaluation.results import farthest
 from guard.norms import NORMS, Norm
 from guard.plots import Frame, Points
 
@@ -78,7 +79,7 @@ def _errors(
     high = (
         max(budgets)
         if budgets and not evaluation.results.sought(norm, on_all=False)
-        else float(positive.max())
+        else float(np.quantile(positive, 0.995))
     )
     if stability is not None:
         high = max(high, _reach(stability))
@@ -134,8 +135,9 @@ def _lost_at(found: Sequence[Attacked], budgets: Sequence[float]) -> float:
     """How much an attack of several budgets, or of none, breaks in all: its shares of lost images at the
     budgets of the run, summed.
     """
-    lost = np.array([one.errors_within(sorted(set(budgets))) for one in found])
-    return float(lost.max(axis=0).sum()) if len(budgets) else float(sum(one.success.mean() for one in found))
+    within = [farthest(budget) for budget in sorted(set(budgets))]
+    lost = np.array([one.errors_within(within) for one in found])
+    return float(lost.max(axis=0).sum()) if within else float(sum(one.success.mean() for one in found))
 
 
 def _reach(stability: Mapping[str, Any]) -> float:
@@ -220,7 +222,7 @@ def _passes(evaluation: Evaluation) -> Figure | None:
     lowest, highest = min(max(1.0, row[1]) for row in rows), max(row[3] for row in rows)
     across = plots.logarithmic(lowest, max(highest, 2 * lowest), "forward passes per image to first success")
     upright = plots.Axis(len(rows) - 0.5, -0.5, tuple((place, row[0]) for place, row in enumerate(rows)))
-    frame = Frame(across, upright, width=780, height=56 + 15 * len(rows))
+    frame = Frame(across, upright, width=1150, height=56 + 17 * len(rows))
     marks = []
     for place, (_, low, middle, high, _) in enumerate(rows):
         marks.append(plots.line(frame, [(max(low, 1.0), place), (high, place)], "c0"))
