@@ -7,7 +7,7 @@ import pytest
 
 from guard.bundle import CALIBRATION, Share, load
 from guard.card import with_calibration
-from guard.evaluation.results import AttackResult, Results, Summary
+from guard.evaluation.results import AttackResult, Results
 
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
@@ -35,11 +35,6 @@ def evaluations() -> list[Results]:
 
 def share(found: Share) -> str:
     return f"{100 * found.value:.1f}% ({100 * found.lower:.1f}-{100 * found.upper:.1f}%)"
-
-
-def median(found: Summary, digits: int) -> str:
-    ends = f"{found.median_lower:.{digits}f}-{found.median_upper:.{digits}f}"
-    return f"{found.median:.{digits}f} ({ends})"
 
 
 def attack(results: Results, name: str, budget: float | None = None) -> AttackResult:
@@ -74,26 +69,36 @@ def test_the_table_of_robust_accuracy(readme: str, evaluations: list[Results]) -
         assert row(f"right and accepted under every attack, {words}", found) in readme
 
 
-def test_the_median_distances(readme: str, evaluations: list[Results]) -> None:
-    for name, label, digits in (
-        ("fmn-l2", "median distance of FMN, l2", 2),
-        ("fmn-linf", "the same, linf", 4),
-    ):
-        distances = [attack(one, name).distance for one in evaluations]
-        assert all(distances)
-        cells = [median(one, digits) for one in distances if one]
-        n = " and ".join(str(one.n) for one in distances if one)
-        assert row(f"{label} (n = {n})" if name == "fmn-l2" else label, cells) in readme
+def test_what_stands_without_the_detector(readme: str, evaluations: list[Results]) -> None:
+    for place, words in ((("l2", 0.25), "l2 0.25"), (("linf", 2 / 255), "linf 2/255")):
+        found = [
+            share(at.alone)
+            for one in evaluations
+            for at in one.standing
+            if at.alone and at.norm == place[0] and at.budget == pytest.approx(place[1])
+        ]
+        assert row(f"the same without the detector, {words}", found) in readme
 
 
-def test_what_the_detector_adds(readme: str, evaluations: list[Results]) -> None:
-    shipped = evaluations[0]
-    alone = {(at.norm, f"{at.budget:.4f}"): at.alone for at in shipped.standing}
-    near, flat = alone["l2", "0.2500"], alone["linf", f"{2 / 255:.4f}"]
-    assert near
-    assert flat
-    stand = f"{share(near)} would stand at l2 0.25 and {share(flat)} at linf 2/255"
-    assert f"Without the detector {stand}" in readme
+def test_how_many_clean_images_are_made_rejected(readme: str, evaluations: list[Results]) -> None:
+    found = [one.success for shown in evaluations for one in shown.over_rejection if one.name == "denial-l2"]
+    least = [one for one in found[:: len(found) // 2] if one]
+    label = f"of these, made rejected by an attack, l2 0.25 (n = {' and '.join(str(one.n) for one in least)})"
+    assert row(label, [share(one) for one in least]) in readme
+
+
+def test_the_median_distances(readme: str) -> None:
+    pattern = (
+        r"^- In {}, median smallest distance found to another class (\S+) \[(\S+), (\S+)\] \(n = (\d+)\)"
+    )
+    cards = [(ROOT / "models" / name / "card.md").read_text() for name in ("cifar10", "cifar10-undefended")]
+    for norm in ("l2", "linf"):
+        found = [re.search(pattern.format(norm), card, re.MULTILINE) for card in cards]
+        assert all(found)
+        medians = [one.groups() for one in found if one]
+        n = " and ".join(one[3] for one in medians)
+        label = f"median smallest distance found, l2 (n = {n})" if norm == "l2" else "the same, linf"
+        assert row(label, [f"{one[0]} ({one[1]}-{one[2]})" for one in medians]) in readme
 
 
 def test_what_is_rejected_of_careless_attacks(readme: str, evaluations: list[Results]) -> None:
@@ -121,7 +126,7 @@ def test_how_much_further_an_attacker_goes_who_knows_the_detector(readme: str) -
     )
 
 
-def test_what_attacks_did_to_the_conformal_radii(readme: str) -> None:
+def test_what_attacks_did_to_the_conformal_radii(readme: str, evaluations: list[Results]) -> None:
     calibration = load(ROOT / "models" / "cifar10").calibration
     assert calibration
     rates = {
@@ -129,6 +134,17 @@ def test_what_attacks_did_to_the_conformal_radii(readme: str) -> None:
         for norm, radii in (("l2", calibration.l2), ("linf", calibration.linf))
     }
     assert f"{rates['l2']} in l2, {rates['linf']} in linf" in readme
+    found = [one for one in evaluations[0].radii if one.kind == "conformal"]
+    (n,) = {one.violations.n for one in found}
+    all_ = {
+        norm: " and ".join(
+            f"{100 * one.violations.value:.1f}%"
+            for one in sorted(found, key=lambda radius: radius.alpha or 0)
+            if one.norm == norm
+        )
+        for norm in rates
+    }
+    assert f"n = {n}: {all_['l2']} in l2, {all_['linf']} in linf" in readme
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10-undefended"])
