@@ -310,23 +310,6 @@ def test_denial_counts_rejections_and_leaves_the_headline_alone(other_folder: Pa
     assert results.standing == []
 
 
-def test_what_a_denial_finds_within_a_smaller_budget_is_within_a_larger_one(
-    other_folder: Path, tmp_path: Path
-) -> None:
-    found_near = attack(name="denial-l2", aware="jacobian", budgets=(2.0,))
-    found_none = attack(
-        partial(straight, moved=0.01), name="idle-denial-l2", aware="jacobian", budgets=(9.0,)
-    )
-    out = tmp_path / "out"
-    results = evaluated(other_folder, out, denials=[found_near, found_none])
-    found = read(out)
-    assert [one.success.count for one in results.over_rejection if one.success] == [12, 0]
-    smaller = found.denials[1].result.model_copy(update={"budget": 1e-3})
-    shares = [found.denied(one) for one in (*found.denials, replace(found.denials[1], result=smaller))]
-    assert [one.count for one in shares if one] == [12, 12, 0]
-    assert "100.0% [73.5, 100.0] (n = 12) |" in markdown.section(found).rpartition("idle-denial-l2")[2]
-
-
 def test_what_a_denial_makes_wrong_and_accepted_counts_too(other_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     idle = attack(partial(straight, moved=0.01), name="idle-l2", budgets=(2.5,))

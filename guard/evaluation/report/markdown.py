@@ -84,11 +84,8 @@ def section(evaluation: Evaluation, against: Evaluation | None = None) -> str:
         lines += ["", "False alarms: images that controls leave right, and that are rejected:"]
         lines += ["", *_table(head, alarms)]
     if results.over_rejection:
-        rows = [
-            [words.attack(one.result), words.share(one.result.success), words.share(evaluation.denied(one))]
-            for one in evaluation.denials
-        ]
-        head = ["attack that makes clean images rejected", "success", "by any within its budget"]
+        rows = [[words.attack(one), words.share(one.success)] for one in results.over_rejection]
+        head = ["attack that makes clean images rejected", "success"]
         lines += ["", *_table(head, rows)]
     for sentence in findings.gaps(both):
         lines += ["", _escape(sentence)]

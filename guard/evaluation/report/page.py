@@ -124,13 +124,12 @@ def _verdict(both: Sequence[Evaluation]) -> str:
                 words.attack(one),
                 one.title,
                 words.share(one.success),
-                words.share(evaluation.denied(denial)),
                 words.share(one.in_files),
                 one.source,
             ]
-            for one, denial in zip(results.over_rejection, evaluation.denials, strict=True)
+            for one in results.over_rejection
         ]
-        head = ("attack", "title", "clean images made rejected", "by any within it", "in files", "source")
+        head = ("attack", "title", "clean images made rejected", "in files", "source")
         parts.append(_table("The other way round: clean images that an attack makes rejected", head, rows))
     parts.append(_checks(evaluation))
     parts.append(_radii(both))

@@ -20,11 +20,10 @@ from guard.evaluation.results import (
     Results,
     load,
     load_arrays,
-    reaches,
     same,
 )
 from guard.norms import Norm
-from guard.shares import share, share_of
+from guard.shares import share_of
 
 Arrays = Mapping[str, NDArray[Any]]
 Flags = NDArray[np.bool_]
@@ -145,21 +144,6 @@ class Evaluation:
                 lengths = np.where(attack.accepted(score), lengths, np.inf)
             np.minimum.at(smallest, attack.rows, lengths)
         return smallest
-
-    def denied(self, denial: Attacked) -> Share | None:
-        """The share of a denial's images that it or another one of the same score made rejected within its
-        budget; None where it had no images.
-
-        What a smaller budget found is within a larger one too, whether the attack finds it again or not.
-        """
-        norm, budget, score = denial.result.norm, denial.result.budget, denial.result.aware
-        if norm is None or budget is None or not len(denial.rows):
-            return denial.result.success
-        found = np.zeros(len(self.right), np.bool_)
-        for one in self.denials:
-            if one.result.aware == score:
-                found[one.rows[one.success & reaches(one.arrays[norm], budget)]] = True
-        return share(found[denial.rows])
 
     def radius(self, norm: Norm) -> Values:
         """The strongest served radius of each evaluated image (N,)."""
