@@ -153,6 +153,15 @@ def test_budgets_of_one_norm_add_up(folder: Path, capsys: Captured) -> None:
     assert "  jacobian l2 0.2 " in capsys.readouterr().out
 
 
+def test_budgets_of_one_norm_leave_those_of_the_other(folder: Path) -> None:
+    words = ("--attacks", "fgsm-l2", "fgsm-linf", "--budgets", "l2=0.2", "--out", "out")
+    assert run(folder, "--val", "colours.npz", *words) == 0
+    results = load("out")
+    assert [one.budget for one in results.attacks] == [0.2, 2 / 255, 8 / 255]
+    stand = [(one.norm, one.budget) for one in results.standing]
+    assert stand == [("l2", 0.2), ("linf", 2 / 255), ("linf", 8 / 255)]
+
+
 def test_interruption_says_how_to_go_on(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

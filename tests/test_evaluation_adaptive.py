@@ -15,7 +15,7 @@ from guard.evaluation.ascent import Start
 from guard.evaluation.attack import SCORES
 from guard.evaluation.target import Target
 from guard.norms import Norm
-from guard.runtime import Measurement
+from guard.runtime import Measurement, score_of
 from guard.settings import Policy
 from tests import networks
 from tests.guards import guard_of, target_of
@@ -93,6 +93,27 @@ def test_a_least_radius_is_met_by_going_deeper(norm: Norm, adapt: bool) -> None:
         target_of(guard), images, labels, 0.98 * exact, steps=5, **options
     ).success.any()
     assert adaptive.joint(target_of(guard), images, labels, 1.02 * exact, steps=5, **options).success.all()
+
+
+def test_following_the_detector_brings_more_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Unlike those of two linear classes, rows of this network's Jacobian do not shrink wherever margins grow.
+    model, images = networks.convolutional(scale=20.0, classes=4), networks.images(120)
+    loose = guard_of(model, "jacobian", 1.0, row_bound=1e6)
+    scores = score_of(loose.measure(images), "jacobian")
+    guard = guard_of(model, "jacobian", float(np.quantile(scores, 0.1)), row_bound=1e6)
+    taken = images[[decision.accepted for decision in guard.classify(images)]]
+    labels = guard.detector.logits(taken).argmax(axis=1)
+
+    def past() -> int:
+        options: dict[str, Any] = {"score": "jacobian", "norm": "linf", "steps": 10, "deep_steps": 10}
+        found = [
+            adaptive.joint(target_of(guard), taken, labels, eps, **options) for eps in (0.02, 0.03, 0.05)
+        ]
+        return sum(int(one.success.sum()) for one in found)
+
+    following = past()
+    monkeypatch.setattr(adaptive, "descent", lambda _m, points, _j, rows: np.zeros_like(points[rows]))
+    assert following > past()
 
 
 def test_a_wrong_image_on_the_boundary_is_kept_before_a_right_one() -> None:

@@ -185,7 +185,12 @@ def test_queries_better_than_gradients() -> None:
     assert by["gradients beat transfer, l2"].verdict == "failed"
     # Beyond the budget nothing counts, by whatever attack it was found.
     far = finished("square-l2", "scores", [2, 3, 4], 0.3)
-    assert by_name(masking.checks([white, far], probed(), BUDGETS))[name].verdict == "passed"
+    assert by_name(masking.checks([white, far], probed(), BUDGETS))[name].verdict == "undecided"
+    some = finished("square-l2", "scores", [2], 0.2)
+    assert by_name(masking.checks([white, some], probed(), BUDGETS))[name].verdict == "passed"
+    # The whole AutoAttack searches by queries too: what it finds need not be found by gradients.
+    whole = finished("autoattack-l2", "gradients", [0, 1, 2, 3, 4], 0.2, budget=0.2)
+    assert by_name(masking.checks([white, whole, black], probed(), BUDGETS))[name].verdict == "failed"
     aware = finished("http-l2", "scores", [2, 3, 4], 0.2, aware="jacobian")
     assert by_name(masking.checks([white, aware], probed(), BUDGETS))[name].verdict == "not run"
 

@@ -30,10 +30,7 @@ from guard.evaluation.report.reading import Evaluation, read
 from guard.evaluation.results import (
     CLEAN_FILE,
     RESULTS,
-    Check,
     LeftOut,
-    RadiusAudit,
-    Results,
     Standing,
     Subset,
     Summary,
@@ -203,8 +200,14 @@ class TestPage:
             assert f"{check.expected}{check.found}" in text
         assert results.command in text
         assert results.hardware in text
-        for standing in results.standing:
-            assert all(name in text and f"{count}" in text for name, count in standing.fallen.items())
+        for name in {name for standing in results.standing for name in standing.fallen}:
+            stands = [one for one in results.standing if one.score == results.served]
+            cells = [findings.brought_down(one, name) for one in stands]
+            full = [one.clean.count for one in stands]
+            told = [
+                str(n) if of == all_ else f"{n} of {of}" for (n, of), all_ in zip(cells, full, strict=True)
+            ]
+            assert name + "".join(told) in text
 
     def test_needs_no_network_and_no_script(self, evaluation: Evaluation) -> None:
         html = page(evaluation, evaluation)
@@ -270,6 +273,17 @@ class TestPage:
         )
         assert f"{warning}: an attacker who does" in text_of(page(fewer))
         assert any(warning in sentence for sentence in findings.headline(fewer))
+
+    def test_attacks_and_controls_are_counted_apart(self, evaluation: Evaluation) -> None:
+        attacks = evaluation.results.attacks
+        before = len({one.name for one in attacks if one.knowledge != "nothing"})
+        first = attacks[0].name
+        turned = [
+            one.model_copy(update={"knowledge": "nothing", "false_alarms": {}}) if one.name == first else one
+            for one in attacks
+        ]
+        assert f"{before} attacks" in text_of(page(evaluation))
+        assert f"{before - 1} attacks, " in text_of(page(changed(evaluation, attacks=turned)))
 
 
 class TestWords:
@@ -383,6 +397,15 @@ class TestTables:
         found = tables.source_of(read(copied(folder, tmp_path / "r", attacks=record["attacks"])), "CW")
         assert found is not None
         assert found.result.name == "cw-l2"
+
+    def test_of_a_budget_the_pgd_that_stops_first_is_shown(self, folder: Path, tmp_path: Path) -> None:
+        record = json.loads((folder / RESULTS).read_text())
+        some = [one for one in record["attacks"] if one["norm"] == "l2" and one["aware"] is None][:2]
+        for one, name in zip(some, ("pgd-deep-l2", "pgd-l2"), strict=True):
+            one |= {"name": name, "budget": 0.5}
+        found = tables.source_of(read(copied(folder, tmp_path / "r", attacks=some)), "PGD")
+        assert found is not None
+        assert found.result.name == "pgd-l2"
 
     def test_lipgen_2_is_whole(self, evaluation: Evaluation) -> None:
         rows = [row for row in tables.lipgen_2([evaluation]).rows if not row.ours]
@@ -789,9 +812,3 @@ class TestCommand:
         assert main(["report", str(folder), "--out", out, "--markdown", str(card)]) == 1
         assert "is no text in UTF-8" in capsys.readouterr().err
         assert card.read_bytes() == b"\xff\xfe"
-
-
-def test_planted_records_are_what_the_schema_says() -> None:
-    assert all(isinstance(one, Check) for one in CHECKS)
-    assert all(isinstance(one, RadiusAudit) for one in radii())
-    assert Results.model_fields["schema_version"].default == 1

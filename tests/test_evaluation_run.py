@@ -31,7 +31,7 @@ from guard.evaluation.audit import RANDOM_PASSES
 from guard.evaluation.report import findings, markdown
 from guard.evaluation.report.page import page
 from guard.evaluation.report.reading import read
-from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, load, load_arrays
+from guard.evaluation.results import ARRAYS, CLEAN, AttackResult, Results, detection, load, load_arrays
 from guard.evaluation.run import VERSION, Settings, evaluate
 from guard.evaluation.target import Target
 from guard.progress import Progress
@@ -162,6 +162,7 @@ def test_files_hold_what_they_should(other_folder: Path, tmp_path: Path) -> None
     margin = GAIN / 255 * np.array([KINDS[index % 5] for index in clean["index"]])
     assert np.allclose(clean["radius_l2"], np.minimum(margin / (1.5 * np.sqrt(2)), 2), rtol=1e-4)
     assert np.array_equal(clean["omega_l2"], clean["radius_l2"])
+    assert {one.standing().n for one in read(out).attacks} == {results.images} == {20}
     for one in results.attacks:
         arrays = load_arrays(out / one.file, (*ARRAYS, "accepted_jacobian", "ratio_jacobian"))
         assert arrays["logits"].shape == (16, 3)
@@ -676,6 +677,62 @@ def test_an_attack_of_the_same_name_with_other_settings_is_refused(
         evaluated(other_folder, out, attack(partial(straight, moved=3.0)))
 
 
+def test_a_joined_attack_with_other_settings_is_named_before_anything_is_written(
+    other_folder: Path, tmp_path: Path
+) -> None:
+    evaluated(other_folder, tmp_path / "other", attack(partial(straight, moved=2.0)))
+    with pytest.raises(UsageError, match=r"^--join .*other: holds straight-l2 with other moved: 2.0"):
+        evaluated(
+            other_folder,
+            tmp_path / "out",
+            attack(partial(straight, moved=3.0)),
+            joined=[tmp_path / "other"],
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_policy_is_another_evaluation(
+    other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(other_folder, tmp_path / "out", attack())
+    monkeypatch.setenv("GUARD_MIN_RADIUS_L2", "0.01")
+    with pytest.raises(UsageError, match="holds an evaluation with other policy"):
+        evaluated(other_folder, tmp_path / "out", attack())
+
+
+def test_a_quick_run_leaves_stronger_attacks_on_radii(other_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluated(other_folder, out, attack(), quick=False)
+    probed = load_arrays(out / "masking.npz")["row"]
+    evaluated(other_folder, out, attack(name="more-l2"), quick=True)
+    assert load_arrays(out / "radii-l2.npz")["restarts"] == 2
+    assert load_arrays(out / "masking.npz")["row"].tolist() == probed.tolist()
+
+
+def test_the_end_of_a_run_is_told_of_its_attacks(other_folder: Path, tmp_path: Path) -> None:
+    def none(_: Any, __: Any, images: Floats, *___: object, **____: object) -> Any:
+        return np.full(len(images), np.inf)
+
+    queries = attack(name="walk-l2", knowledge="decisions", budgets=(2.0,))
+    near = attack(partial(straight, moved=0.5), budgets=(2.0,))
+    with patch("guard.evaluation.audit.attacks_inside", none):
+        results = evaluated(other_folder, tmp_path / "out", near, queries)
+    verdicts = {one.name: one.verdict for one in results.checks}
+    assert verdicts["gradients beat search by queries, l2"] != "not run"
+    audited = next(one for one in results.radii if one.norm == "l2" and one.served)
+    assert audited.found
+    arrays = load_arrays(tmp_path / "out" / results.attacks[0].file)
+    clean = load_arrays(tmp_path / "out" / "clean.npz")
+    success = arrays["success"]
+    found = detection(
+        arrays["accepted_jacobian"][success],
+        arrays["ratio_jacobian"][success],
+        clean["ratio_jacobian"],
+        arrays["row"][success],
+    )
+    assert results.attacks[0].detection["jacobian"] == found
+
+
 def test_attacks_made_on_another_network_keep_to_it(other_folder: Path, tmp_path: Path) -> None:
     results = evaluated(other_folder, tmp_path / "out", TRANSFER, twin="sha256:1")
     assert {one.settings["twin"] for one in results.attacks} == {"sha256:1"}
@@ -729,6 +786,32 @@ def test_a_killed_run_goes_on_where_it_was(other_folder: Path, tmp_path: Path) -
         assert all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
     assert resumed.standing == whole.standing
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_finished_attack_is_kept_where_the_results_cannot_be_written(
+    other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counting(*given: Any) -> Found:
+        calls.append(1)
+        return straight(*given)
+
+    def dump(record: Results) -> bytes:
+        if record.attacks:
+            raise OSError(28, "No space left on device")
+        return whole(record)
+
+    whole = bundle.dump
+    with monkeypatch.context() as patched:
+        patched.setattr("guard.bundle.dump", dump)
+        with pytest.raises(OSError, match="No space left"):
+            evaluated(other_folder, tmp_path / "out", attack(counting))
+    done = len(calls)
+    assert done > 0
+    (first, *_) = evaluated(other_folder, tmp_path / "out", attack(counting)).attacks
+    assert first.budget == 2.0
+    assert len(calls) == 3 * done
 
 
 def test_an_interrupted_piece_is_lost_alone(other_folder: Path, tmp_path: Path) -> None:

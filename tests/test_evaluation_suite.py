@@ -58,7 +58,7 @@ def test_groups(group: str, names: list[str]) -> None:
 
 def test_every_attack_is_in_a_group_of_its_kind() -> None:
     kinds = [group for group in suite.GROUPS if group not in ("default", "all")]
-    for one in ATTACKS:
+    for one in suite.known():
         assert any(belongs(one, group) for group in kinds)
 
 
@@ -79,6 +79,8 @@ def test_unknown_names_list_those_near() -> None:
         chosen("pgd-l2", "models/mine")
     with pytest.raises(UsageError, match=r"joint-pgd-radius-l2 knows the score radius: add it to --scores"):
         chosen("joint-pgd-radius-l2")
+    with pytest.raises(UsageError, match="transfer-linf is made on another network: name that with --twin"):
+        chosen("transfer-linf")
 
 
 def test_missing_packages_are_left_out_of_groups_and_refused_by_name() -> None:

@@ -218,7 +218,7 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
         counts[1 : 1 + len(others)] = others
     return Settings(
         scores=_scores(arguments),
-        budgets=given or default,
+        budgets={**default, **given},
         images=counts[0],
         dear_images=counts[1],
         query_images=counts[2],
@@ -266,7 +266,7 @@ def _tasks(
     if twin is not None:
         other = Detector(twin.model, provider=arguments.provider, threads=arguments.threads)
     everything = suite.known(other)
-    denials = [attack for attack in suite.over_rejection() if attack.aware is None or attack.aware in scores]
+    denials = list(suite.over_rejection())
     if arguments.quick:
         chosen = suite.quick(scores, everything)
         denials = []

@@ -70,7 +70,8 @@ RESTARTS = (
     *(Start("margin", random=True),) * 2,
     *(Start("cross-entropy", random=True),) * 2,
 )
-"""Other starts than those of `JOINT`, for what these leave."""
+"""Starts for what those of `JOINT` leave: towards one class more, random ones drawn anew, and the others
+again for the finer steps that they are used with."""
 
 
 def joint(
@@ -443,7 +444,7 @@ def _evasive(score: ScoreName) -> Attack:
 
 
 def aware_attacks(score: ScoreName) -> tuple[Attack, ...]:
-    """The attacks that know the detector of this score, strongest first."""
+    """The attacks that know the detector of this score."""
     attacks = []
     for norm in NORMS:
         attacks += [

@@ -19,6 +19,9 @@ QUERIES: tuple[Knowledge, ...] = ("scores", "decisions")
 BLACK_BOX: tuple[Knowledge, ...] = (*QUERIES, "another network")
 """What attacks know that see no gradient of the model's."""
 
+WHOLE_AUTOATTACK = ("autoattack-l2", "autoattack-linf")
+"""The attacks that follow gradients and search by queries too: Square is their last part."""
+
 SCORES: tuple[ScoreName, ...] = get_args(ScoreName)
 DEFAULT: ScoreName = "jacobian"
 

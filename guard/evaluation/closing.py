@@ -111,8 +111,9 @@ class Closing:
         return budgets | {"row": np.flatnonzero(self.right)[:count]}
 
     def _kept_probes(self, file: str) -> Arrays:
+        """What was probed before, of these images or more."""
         kept, key = self.folder.kept(file), self._probe_key()
-        same = all(name in kept and np.array_equal(kept[name], value) for name, value in key.items())
+        same = all(name in kept and np.array_equal(kept[name][: len(key[name])], key[name]) for name in key)
         return kept if same else {}
 
     # --- the audit of the radii
@@ -166,7 +167,7 @@ class Closing:
 
     def _kept_distance(self, norm: Norm) -> Arrays:
         kept = self.folder.kept(f"radii-{norm}.npz", "distance", "restarts")
-        return kept if kept and kept["restarts"] == self._restarts else {}
+        return kept if kept and kept["restarts"] >= self._restarts else {}
 
     @property
     def _restarts(self) -> int:

@@ -55,11 +55,14 @@ class Folder:
         done = {words.attack(one.result) for one in self.all}
         return [left for left in self._begun if left not in done]
 
-    def take_up(self, joined: Sequence[Path], twin: str | None) -> None:
-        """Takes finished attacks from this folder and the joined ones.
+    def take_up(
+        self, joined: Sequence[Path], twin: str | None, asked: Mapping[tuple[str, float | None], Attack]
+    ) -> None:
+        """Takes finished attacks from this folder and the joined ones; nothing is written before all are
+        looked at.
 
-        Raises `UsageError` where they are of something else, also made on another twin than `twin`, and
-        `DataError` where they cannot be read.
+        Raises `UsageError` where they are of something else, made on another twin than `twin`, or with other
+        settings than those `asked` for by name and budget, and `DataError` where they cannot be read.
         """
         exists = (self.path / SETTINGS).is_file()
         if not exists and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -71,6 +74,8 @@ class Folder:
         copied = []
         for where, folder in folders:
             for one in self._take(folder):
+                if attack := asked.get((one.result.name, one.result.budget)):
+                    _compare(where, attack, one.result)
                 made_on = one.result.settings.get("twin")
                 twin = twin or made_on
                 if made_on not in (None, twin):
@@ -131,15 +136,6 @@ class Folder:
         self.left_out = {name: reason for name, reason in left_out.items() if name not in names}
         return taken
 
-    def compare(self, attack: Attack, before: AttackResult) -> None:
-        """Raises `UsageError` where a finished attack of this name has other settings."""
-        for name, value in attack.keywords.items():
-            if before.settings.get(name) != value:
-                raise UsageError(
-                    f"--out {self.path}: holds {attack.name} with other {name}: "
-                    f"{_short(before.settings.get(name))}, now {_short(value)}. Choose another folder."
-                )
-
     def leave_out(self, attack: Attack, reason: str) -> None:
         """Notes, with a warning, that an attack is not run."""
         log.warning("%s is left out: %s", attack.name, reason)
@@ -159,6 +155,16 @@ class Folder:
         """Writes the arrays of one of its files, whole or not at all."""
         with atomic_open(self.path / name) as stream:
             np.savez(stream, allow_pickle=False, **arrays)
+
+
+def _compare(where: str, attack: Attack, before: AttackResult) -> None:
+    """Raises `UsageError` where a finished attack of this name has other settings."""
+    for name, value in attack.keywords.items():
+        if before.settings.get(name) != value:
+            raise UsageError(
+                f"{where}: holds {attack.name} with other {name}: {_short(before.settings.get(name))}, now "
+                f"{_short(value)}. Choose another folder."
+            )
 
 
 def _short(value: object) -> str:

@@ -23,7 +23,7 @@ from guard import attacks
 from guard.attacks import Floats, Found, Labels, column, length, misclassified
 from guard.errors import UsageError
 from guard.evaluation import wasserstein
-from guard.evaluation.attack import Attack, Run
+from guard.evaluation.attack import BUDGETS, Attack, Run
 from guard.evaluation.target import Classifier, Flags, Target
 from guard.norms import Norm
 
@@ -31,8 +31,6 @@ Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
 Make = Callable[[], Any]
 Propose = Callable[[Floats, Labels], tuple[Floats, int]]
 
-L2 = (0.25, 0.5, 1.0)
-LINF = (2 / 255, 8 / 255)
 STANDARD: tuple[Part, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 ROUNDING = 1e-5
@@ -397,7 +395,7 @@ _PARTS: dict[Part, tuple[str, str, int, str]] = {
 
 
 def _autoattack(norm: Norm) -> tuple[Attack, ...]:
-    budgets = L2 if norm == "l2" else LINF
+    budgets = BUDGETS[norm]
     source = "Croce & Hein 2020, standard version; pyautoattack 0.2"
     whole = Attack(
         f"autoattack-{norm}",

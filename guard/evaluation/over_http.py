@@ -68,7 +68,8 @@ def http_query(client: "Callable[[], httpx.AsyncClient]") -> Query:
     """Asks the server that `client` makes clients of (`partial(httpx.AsyncClient, base_url=URL)`).
 
     Requests go out `TOGETHER` at a time; a busy server (429, 503, 504) is asked again. Raises `GuardError`
-    where it goes on being busy or answers anything else than a decision.
+    where it goes on being busy or answers anything else than a decision, and `httpx.HTTPError` where it
+    cannot be reached.
     """
 
     async def ask(session: "httpx.AsyncClient", free: asyncio.Semaphore, upload: Upload) -> Answer:

@@ -165,7 +165,7 @@ CheckVerdict = Literal["passed", "failed", "undecided", "not run"]
 class Check(Record):
     """One sign of gradient masking: `verdict`, what was expected, what was found.
 
-    Undecided: no image fell to any of the attacks compared. Not run: there are none to compare.
+    Undecided: no image fell to the attack that would tell. Not run: there are none to compare.
     """
 
     name: str

@@ -187,17 +187,15 @@ class _Run:
                     f"the scores (now {', '.join(self.scores)})."
                 )
             _check_budget(task, math.prod(self.model.input_shape))
-        self.folder.take_up(self.joined, self.twin)
+        asked = {(task.attack.name, task.budget): task for task in tasks}
+        self.folder.take_up(self.joined, self.twin, {key: task.attack for key, task in asked.items()})
         self.target = self._target(silent=silent)
         self.clean = self._clean(silent=silent)
         self.folder.finished = [
             replace(one, result=one.result.model_copy(update={"detection": self._detection(one.arrays)}))
             for one in self.folder.finished
         ]
-        done = {(one.result.name, one.result.budget): one.result for one in self.folder.all}
-        asked = {(task.attack.name, task.budget): task for task in tasks}
-        for key in asked.keys() & done.keys():
-            self.folder.compare(asked[key].attack, done[key])
+        done = {(one.result.name, one.result.budget) for one in self.folder.all}
         left = [task for key, task in asked.items() if key not in done]
         alone = len({task.attack.name for task in tasks}) == 1
         for attack in {task.attack.name: task.attack for task in left}.values():
@@ -218,11 +216,11 @@ class _Run:
         total += closing.passes()
         self._announce(left, total)
         with Progress(total, "evaluate", silent=silent or not total) as progress:
-            for at, task in enumerate(left):
-                self._write([*map(_outstanding, left[at:]), *LAST])
-                self._attack(task, progress, alone=alone)
+            outstanding = [*map(_outstanding, left), *LAST]
             if left:
-                self._write(LAST)
+                self._write(outstanding)
+            for at, task in enumerate(left):
+                self._attack(task, progress, outstanding[at + 1 :], alone=alone)
             self.checks = closing.checks(progress)
             self.radii = closing.radii(progress)
             return self._write()
@@ -341,17 +339,21 @@ class _Run:
         """Passes per image at most, with those that judging it takes."""
         return attack.passes + FORWARD + JUDGED * (len(self.scores) + 1)
 
-    def _attack(self, task: Task, progress: Progress, *, alone: bool) -> None:
-        """Runs it and keeps what it found; one that cannot take the model is left out; `alone` it raises."""
+    def _attack(self, task: Task, progress: Progress, outstanding: Sequence[str], *, alone: bool) -> None:
+        """Runs it and writes what it found, with what is `outstanding` after it; one that cannot take the
+        model is left out; `alone` it raises.
+        """
         attack = task.attack
         eligible = self._eligible(task)
         if attack.name in self.folder.left_out:
             progress.advance(len(eligible) * self._cost(attack), attack.name, free=True)
+            self._write(outstanding)
             return
         rows = self._open(task, eligible)
         progress.advance((len(eligible) - len(rows)) * self._cost(attack), attack.name, free=True)
         if not len(eligible):
             log.info("%s: no image is right and accepted", task.name)
+            self._write(outstanding)
             return
 
         def piece(part: Labels) -> Arrays:
@@ -378,11 +380,12 @@ class _Run:
                     raise
                 self.folder.leave_out(attack, str(error))
                 progress.advance(len(rows) * self._cost(attack), attack.name, free=True)
+                self._write(outstanding)
                 return
             seconds, unconfirmed = float(arrays.pop("seconds").sum()), int(arrays.pop("unconfirmed").sum())
             lost = arrays.pop("lost")
             details = {
-                "images": self.settings.count(attack),
+                "images": min(self.settings.count(attack), len(self.sample)),
                 "skipped": len(eligible) - len(rows),
                 "unconfirmed": unconfirmed,
                 "command": self.command,
@@ -392,6 +395,7 @@ class _Run:
             result = self._result(task, arrays, lost, seconds, details)
             self.folder.save(result.file, arrays)
             (self.folder.denied if task.denial else self.folder.finished).append(Finished(result, arrays))
+            self._write(outstanding)  # before the pieces go
 
     def _spared(self, task: Task) -> Arrays:
         """The arrays of an attack that no image is left to."""

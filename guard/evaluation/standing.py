@@ -58,7 +58,7 @@ def _standing(
         result, within = one.result, one.within(norm, budget)
         for flags, by in ((within & one.arrays[f"accepted_{score}"], fell), (within, wrong)):
             by.setdefault(result.name, np.zeros(len(right), np.bool_))[one.arrays["row"][flags]] = True
-        images[result.name] = min(int(result.settings["images"]), len(right))
+        images[result.name] = int(result.settings["images"])
         aimed = result.norm == norm and result.aware in (None, score)
         if aimed and images[result.name] < len(right) and (result.budget is None or result.budget <= budget):
             fewer.add(result.name)

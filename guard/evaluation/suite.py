@@ -18,7 +18,7 @@ from guard.evaluation import (
     transfer,
     unseen,
 )
-from guard.evaluation.attack import QUERIES, Attack
+from guard.evaluation.attack import QUERIES, WHOLE_AUTOATTACK, Attack
 from guard.evaluation.target import Classifier
 from guard.norms import Norm
 
@@ -96,7 +96,7 @@ def belongs(attack: Attack, group: Group) -> bool:
         case "default":
             return common_name(attack).rpartition("-")[0] in DEFAULT
         case "gradient":
-            return plain and attack.budgets is not None and not _whole_autoattack(attack)
+            return plain and attack.budgets is not None and attack.name not in WHOLE_AUTOATTACK
         case "minimum-norm":
             return plain and attack.budgets is None
         case "decision":
@@ -108,15 +108,11 @@ def belongs(attack: Attack, group: Group) -> bool:
         case "controls":
             return attack.knowledge == "nothing"
         case "autoattack":
-            return _whole_autoattack(attack)
+            return attack.name in WHOLE_AUTOATTACK
         case "top5":
             return top5
         case "all":
             return True
-
-
-def _whole_autoattack(attack: Attack) -> bool:
-    return attack.name in ("autoattack-l2", "autoattack-linf")
 
 
 def common_name(attack: Attack) -> str:
@@ -177,6 +173,8 @@ def _unknown(word: str, attacks: Sequence[Attack], scores: Sequence[ScoreName]) 
         return (
             f"the attack {word} knows the score {other.pop()}: add it to --scores (now {', '.join(scores)})."
         )
+    if word.startswith("transfer"):
+        return f"the attack {word} is made on another network: name that with --twin BUNDLE."
     names = sorted({name for attack in attacks for name in (attack.name, common_name(attack))} | set(GROUPS))
     near = difflib.get_close_matches(word, names, n=4, cutoff=0.4)
     hint = f" Near it: {', '.join(near)}." if near else ""

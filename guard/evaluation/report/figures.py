@@ -213,7 +213,7 @@ def _passes(evaluation: Evaluation) -> Figure | None:
     rows = []
     for attack in evaluation.last_of_each():
         spent = np.asarray(attack.arrays["passes"], np.float64)[attack.success]
-        if len(spent) >= _FEWEST and np.median(spent) > 0 and not attack.result.false_alarms:
+        if len(spent) >= _FEWEST and np.median(spent) > 0 and attack.result.knowledge != "nothing":
             low, middle, high = np.quantile(spent, (0.25, 0.5, 0.75))
             rows.append((words.named(attack), float(low), float(middle), float(high), len(spent)))
     if not rows:

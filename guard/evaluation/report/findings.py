@@ -155,7 +155,7 @@ def headline(evaluation: Evaluation) -> list[str]:
             "when clean, and for which no attack of the run found an accepted image of another class within "
             "the budget."
         )
-    for norm in ("l2", "linf"):
+    for norm in NORMS:
         stands = [one for one in results.standing if one.score == score and one.norm == norm]
         if stands:
             parts = ". ".join(

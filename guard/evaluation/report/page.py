@@ -71,9 +71,11 @@ def page(
 
 def _counted(evaluation: Evaluation) -> str:
     """How many attacks there are, one in two norms counted twice, and how many controls."""
-    names = {one.name: bool(one.false_alarms) for one in evaluation.results.attacks}
+    names = {one.name: one.knowledge == "nothing" for one in evaluation.results.attacks}
     controls = sum(names.values())
-    return f"{len(names) - controls} attacks" + (f", {controls} controls" if controls else "")
+    return f"{len(names) - controls} attacks" + (
+        f", {controls} control{'s' * (controls > 1)}" if controls else ""
+    )
 
 
 def _commands(both: Sequence[Evaluation]) -> str:

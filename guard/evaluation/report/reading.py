@@ -22,7 +22,7 @@ from guard.evaluation.results import (
     load_arrays,
     same,
 )
-from guard.norms import Norm
+from guard.norms import NORMS, Norm
 from guard.shares import share_of
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -217,9 +217,8 @@ def _attacked(folder: Path, result: AttackResult, count: int, judged: Sequence[s
 
 
 def _aimed(folder: Path, count: int) -> dict[Norm, Values]:
-    norms: tuple[Norm, Norm] = ("l2", "linf")
     found: dict[Norm, Values] = {}
-    for norm in norms:
+    for norm in NORMS:
         path = folder / f"radii-{norm}.npz"
         if path.is_file():
             found[norm] = np.asarray(load_arrays(path, ("distance",))["distance"], np.float64)

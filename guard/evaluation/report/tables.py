@@ -57,7 +57,7 @@ def source_of(evaluation: Evaluation, kind: str) -> Attacked | None:
         # LIPGEN's stops at the first wrong class: the nearest one found, not the deepest of a budget.
         "PGD": find("pgd", norm="l2", budget=None)
         + find("fmn", "ddn", "minimumnorm", norm="l2", budget=None)
-        + find("pgd", norm="l2"),
+        + find("pgd-l2", "pgd", norm="l2"),
         "Boundary": find("boundary", norm="l2"),
         "CW": find("cw-l2", "cw", "carliniwagner", norm="l2"),
         "evasive CW": [
