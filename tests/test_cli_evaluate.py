@@ -84,6 +84,13 @@ def test_quick(folder: Path, capsys: Captured) -> None:
     assert "No attack of the run knows jacobian at linf 2/255: an attacker who does will" in out
 
 
+def test_help_has_every_group_as_the_list_has_it(capsys: Captured) -> None:
+    assert run("--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for group, what in suite.GROUPS.items():
+        assert f"{group} {what}" in told
+
+
 def test_list_names_every_attack_in_80_columns(capsys: Captured) -> None:
     assert run("--attacks", "list") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -57,7 +57,7 @@ Group = Literal[
 ]
 
 GROUPS: dict[Group, str] = {
-    "default": "noise, FGSM, PGD, APGD, FMN, high confidence, joint PGD, denial; with a twin transfer",
+    "default": "noise, FGSM, PGD, APGD, FMN, high confidence, joint PGD, denial; with --twin transfer",
     "gradient": "the strongest image within a budget, by gradients",
     "minimum-norm": "the nearest wrong image, by gradients",
     "decision": "black box: by queries of labels or scores",
